@@ -1,0 +1,63 @@
+"""Process-wide settings, and the one short form in which Lamina prints a tensor.
+
+`LAMINA_DEBUG` in the environment sets `config.debug`:
+
+| value | what it adds |
+|---|---|
+| 0 | nothing (default) |
+| 1 | every answer of a rule is checked: number of outputs, batch dims, shapes and dtypes |
+| 2 | as 1, and pushing and popping a level is printed |
+| 3 | as 2, and every op is printed as `trace_log` does |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Config", "config", "dtype_name", "tensor_summary"]
+
+
+@dataclass
+class Config:
+    """Settings that hold for the whole process.
+
+    Attributes:
+        debug: The debug level, 0 to 3 (see the module).
+        fallback: What happens when an op under `vmap` can only run example by example: a warning
+            per op ("warn"), an error ("error"), or nothing said ("silent").
+    """
+
+    debug: int = 0
+    fallback: Literal["warn", "error", "silent"] = "warn"
+
+
+config = Config(debug=int(os.environ.get("LAMINA_DEBUG", "0") or 0))
+
+_SHORT = {
+    "float32": "f32",
+    "float64": "f64",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "complex64": "c64",
+    "complex128": "c128",
+    "complex32": "c32",
+    "int8": "i8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+    "uint8": "u8",
+    "bool": "b8",
+}
+
+
+def dtype_name(dtype: Any) -> str:
+    """The short name of a dtype: `f32` for `torch.float32`."""
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT.get(name, name)
+
+
+def tensor_summary(tensor: Any) -> str:
+    """The dtype and shape of a tensor, such as `f32[2, 3]`."""
+    return f"{dtype_name(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"

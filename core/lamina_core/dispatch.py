@@ -1,0 +1,170 @@
+"""What happens to an op that an interpreter has nothing to say about.
+
+Two routes lead an op to an interpreter:
+
+1. From user code, `LevelMode.__torch_dispatch__` sends it to the top of the stack. An interpreter
+   that finds none of its own wrappers calls `pass_down`, and the top adopts fresh outputs.
+2. From inside a rule (torch has switched the mode off there), `LevelTensor.__torch_dispatch__`
+   sends it to the interpreter of the highest level among its arguments.
+
+At the bottom `native` runs it on plain tensors, under the user's own dispatch-key state where a
+tensor requires grad or is written to, so that the user's autograd sees the op as if no transform
+were there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina_core.interpreter import Interpreter, OuterState, thread_mode
+from lamina_core.schema import facts
+from lamina_core.wrapper import LevelTensor, highest_interpreter, strip_dead
+
+__all__ = ["lower", "map_tensors", "native", "needs_guard", "pass_down", "tensors_in", "watched"]
+
+_CLASSES = LevelTensor.classes
+Tensor = torch.Tensor
+
+
+def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """All tensors among the arguments of an op, wrappers included."""
+    found: list[Any] = []
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif type(arg) is list or type(arg) is tuple:
+            found.extend(item for item in arg if isinstance(item, Tensor))
+    return found
+
+
+def map_tensors(fn: Any, arg: Any) -> Any:
+    """Apply `fn` to every tensor of one argument or of one output."""
+    if isinstance(arg, Tensor):
+        return fn(arg)
+    if isinstance(arg, (list, tuple)):
+        mapped = [map_tensors(fn, item) for item in arg]
+        return mapped if type(arg) is list else tuple(mapped)
+    return arg
+
+
+def needs_guard(plain: Any) -> bool:
+    """Whether the user's own autograd wants to see ops on this plain tensor."""
+    return bool(plain.requires_grad) or torch.autograd.forward_ad._current_level >= 0
+
+
+def native(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op at level 0."""
+    tensors = tensors_in(args, kwargs)
+    if any(type(tensor) in _CLASSES for tensor in tensors):
+        # Wrappers that outlived their transform, or that belong to a level of another thread.
+        args = tuple([strip_dead(arg) for arg in args])
+        kwargs = {key: strip_dead(value) for key, value in kwargs.items()}
+        tensors = tensors_in(args, kwargs)
+        if highest_interpreter(args, kwargs) is not None:
+            return op(*args, **kwargs)
+    outer = thread_mode().outer
+    if outer is not None and (facts(op).mutated or any(needs_guard(tensor) for tensor in tensors)):
+        with outer.guard():
+            return op(*args, **kwargs)
+    return op(*args, **kwargs)
+
+
+def _run_dead(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op whose wrappers are all dead: on what stands for them, at the present level.
+
+    Called below autograd, so the keys of the caller are brought back for the values.
+    """
+    args = tuple([strip_dead(arg) for arg in args])
+    kwargs = {key: strip_dead(value) for key, value in kwargs.items()}
+    outer = thread_mode().outer or _PRISTINE
+    with outer.guard():
+        return op(*args, **kwargs)
+
+
+_PRISTINE = OuterState()
+LevelTensor.run_dead = staticmethod(_run_dead)
+
+
+def lower(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op at the level below `interpreter`.
+
+    For ops that the levels below must see although no argument belongs to them: random ops and
+    factories. Any other op of a rule is simply called.
+    """
+    below = interpreter.below
+    return native(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+
+
+def pass_down(
+    interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Hand an op without own wrappers to the level below; the top of the stack adopts the outputs.
+
+    Adopting wraps a fresh output as a constant of the top level, so that values of that level can
+    later be written to it in place. Views and written arguments keep their identity.
+    """
+    below = interpreter.below
+    out = native(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+    if thread_mode().top is interpreter:
+        known = facts(op)
+        if not (known.is_view or known.mutated):
+            taken = {id(tensor) for tensor in tensors_in(args, kwargs)}
+            return map_tensors(
+                lambda tensor: tensor if id(tensor) in taken else interpreter.constant(tensor),
+                out,
+            )
+    return out
+
+
+def watched(
+    interpreter: Interpreter,
+    handler: Any,
+    op: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a handler at a level that has met a plain tensor which requires grad.
+
+    Where all values below are plain, the whole rule runs under the user's dispatch-key state.
+    Where some are wrappers of a lower level, the plain ones that require grad are lifted to that
+    level as constants, so that every op of the rule is seen there and ends in the first case.
+    """
+    outer = thread_mode().outer
+    if outer is None:
+        return handler(interpreter, op, args, kwargs)
+    own: list[Any] = []
+    guarded = False
+    highest: Interpreter | None = None
+    for tensor in tensors_in(args, kwargs):
+        mine = interpreter.is_own(tensor)
+        value = tensor.value if mine else tensor
+        if type(value) in _CLASSES:
+            if value.interpreter.alive and (
+                highest is None or value.interpreter.level > highest.level
+            ):
+                highest = value.interpreter
+        elif needs_guard(value):
+            guarded = True
+            if mine:
+                own.append(tensor)
+    if not guarded:
+        return handler(interpreter, op, args, kwargs)
+    if highest is None:
+        with outer.guard():
+            return handler(interpreter, op, args, kwargs)
+    level = highest
+
+    def lift(tensor: Any) -> Any:
+        if type(tensor) in _CLASSES or not needs_guard(tensor):
+            return tensor
+        wrapped = level.constant(tensor)
+        wrapped.is_input = True
+        return wrapped
+
+    for wrapper in own:
+        wrapper.value = lift(wrapper.value)
+    args = tuple([map_tensors(lift, arg) for arg in args])
+    kwargs = {key: map_tensors(lift, value) for key, value in kwargs.items()}
+    return handler(interpreter, op, args, kwargs)

@@ -1,0 +1,333 @@
+"""`Interpreter`: the object that owns one level, and the stack that the interpreters form.
+
+The stack is a linked list: each interpreter knows the one `below` it, and the thread's `LevelMode`
+knows the `top`. So "the stack as seen from level k" is just another top, which is what
+`run_at` sets when code has to run at a level inside a rule.
+
+A level is entered and left with `with`:
+
+    with VmapInterpreter(batch_size=3) as interpreter:      # pushed; its level is one above
+        ...                                                 # ops arrive at interpreter.process
+    # popped; its wrappers are dead
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lamina_core.errors import message
+from lamina_core.wrapper import LevelTensor
+
+__all__ = [
+    "BELOW_AUTOGRAD",
+    "Interpreter",
+    "LevelMode",
+    "OuterState",
+    "current_stack",
+    "mode_off",
+    "run_at",
+    "thread_mode",
+]
+
+_C = torch._C
+
+# Autograd and ADInplaceOrView are switched off while a transform is active: composite ops then reach
+# Python whole, no C++ graph grows on wrappers, and a view op does not chain its output to its input.
+_outside = _C._dispatch_tls_local_exclude_set()
+with _C._AutoDispatchBelowADInplaceOrView():
+    BELOW_AUTOGRAD = _C._dispatch_tls_local_exclude_set() - _outside
+
+
+class OuterState:
+    """The dispatch-key state in force when the outermost transform was entered.
+
+    `guard` brings it back around an op on plain tensors that the user's own autograd must see.
+    """
+
+    __slots__ = ("exclude", "grad_enabled", "include")
+
+    def __init__(self) -> None:
+        self.include = _C._dispatch_tls_local_include_set()
+        self.exclude = _C._dispatch_tls_local_exclude_set()
+        self.grad_enabled = True  # cleared while a level is pushed under no_grad
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Run a block under this state (0.9 us, so only where a plain tensor requires grad)."""
+        with _C._ForceDispatchKeyGuard(self.include, self.exclude):
+            if self.grad_enabled:
+                yield
+            else:
+                with torch.no_grad():
+                    yield
+
+
+class LevelMode(TorchDispatchMode):
+    """The one dispatch mode of a thread: sends every op of user code to the top of the stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top: Interpreter | None = None
+        self.outer: OuterState | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch otherwise wraps __torch_dispatch__, and an op costs 4 us where it costs 1.8.
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """First route: an op of user code, top of the stack first."""
+        return self.top.process(func, args, kwargs or {})  # type: ignore[union-attr]
+
+    def is_on(self) -> bool:
+        """Whether torch would send the next op to this mode: not so inside its own handler."""
+        depth = _C._len_torch_dispatch_stack()
+        return any(_C._get_dispatch_stack_at(i) is self for i in range(depth - 1, -1, -1))
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.mode = LevelMode()
+
+
+_thread = _Thread()
+
+
+def thread_mode() -> LevelMode:
+    """The mode of the calling thread; its `top` is the interpreter of the innermost transform."""
+    return _thread.mode
+
+
+def current_stack() -> list[Interpreter]:
+    """The active interpreters of the calling thread, outermost first.
+
+    Example:
+        >>> current_stack()
+        []
+    """
+    found = []
+    top = _thread.mode.top
+    while top is not None:
+        found.append(top)
+        top = top.below
+    return found[::-1]
+
+
+class Interpreter:
+    """Owns one level: wraps values that enter it and says what an op on its wrappers means.
+
+    A transform subclasses it with its own wrapper class, `process`, `constant` and `__str__`.
+
+    Attributes:
+        level: Depth on the stack, 1 for the outermost; 0 before it is pushed.
+        below: The interpreter of the next lower level, or None.
+        alive: False once it has been popped; its wrappers are then dead.
+        grad_enabled: False while a level above was pushed under `torch.no_grad()`.
+        mutated: Whether a wrapper of this level has been rebound by a write, so that views have to
+            be checked for staleness when they are met.
+    """
+
+    wrapper: ClassVar[type[LevelTensor]]
+    # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
+    keeps_values: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.level = 0
+        self.below: Interpreter | None = None
+        self.alive = True
+        self.grad_enabled = True
+        self.mutated = False
+        self.watch = False  # a plain tensor that requires grad has been met at this level
+        self.keeps_below = False  # a level below keeps old values
+        self.written: list[LevelTensor] = []  # arguments that have been rebound by a write
+        self._undo: list[Any] = []
+
+    # -- the stack ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Any:
+        """Push: become the top of the calling thread's stack."""
+        mode = _thread.mode
+        below = mode.top
+        undo = self._undo
+        self.below = below
+        if below is None:
+            self.level = 1
+            mode.outer = OuterState()
+            guard = _C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD)
+            guard.__enter__()
+            undo.append(guard)
+            mode.__enter__()
+            undo.append(mode)
+        else:
+            self.level = below.level + 1
+            if not mode.is_on():
+                # User code called from inside a rule: torch has switched the mode off there.
+                entered = _ModeOn(mode)
+                entered.__enter__()
+                undo.append(entered)
+            self.keeps_below = below.keeps_values or below.keeps_below
+        if not torch.is_grad_enabled():
+            self._disable_below(mode)
+        mode.top = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Pop, whatever happened; the wrappers of this level are dead from now on."""
+        self.alive = False
+        mode = _thread.mode
+        mode.top = self.below
+        while self._undo:
+            self._undo.pop().__exit__(None, None, None)
+        if self.below is None:
+            mode.outer = None
+
+    def _disable_below(self, mode: LevelMode) -> None:
+        """`torch.no_grad()` around a transform concerns every level below the new one."""
+        lower = self.below
+        while lower is not None:
+            if lower.grad_enabled:
+                lower.grad_enabled = False
+                self._undo.append(_EnableAgain(lower))
+            lower = lower.below
+        if mode.outer is not None and mode.outer.grad_enabled:
+            mode.outer.grad_enabled = False
+            self._undo.append(_EnableAgain(mode.outer))
+
+    def path(self) -> list[Interpreter]:
+        """This interpreter and those below it, outermost first."""
+        return ([] if self.below is None else self.below.path()) + [self]
+
+    # -- what a transform defines ------------------------------------------------------------------
+
+    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Say what `op` means at this level; called for every op that reaches it."""
+        raise NotImplementedError
+
+    def constant(self, value: Any) -> LevelTensor:
+        """Wrap a value that does not depend on what this level transforms."""
+        raise NotImplementedError
+
+    def is_constant(self, wrapper: LevelTensor) -> bool:
+        """Whether a wrapper of this level carries nothing but its value."""
+        raise NotImplementedError
+
+    def rebind(self, target: LevelTensor, new: LevelTensor) -> None:
+        """Make `target` stand for what `new` stands for (the end of an in-place write)."""
+        raise NotImplementedError
+
+    def store(self, target: LevelTensor, new: LevelTensor) -> bool:
+        """Write `new` into the memory of `target` where that is sound; say whether it was."""
+        return False
+
+    def is_own(self, value: Any) -> bool:
+        """Whether `value` is a wrapper of this very interpreter."""
+        return type(value) is self.wrapper and value.interpreter is self
+
+    def where(self) -> str:
+        """The line of an error message that says at which level and transform it happened."""
+        return f"while interpreting at level {self.level}: {self}"
+
+    def error(self, kind: type[Exception], what: str, *lines: str) -> Exception:
+        """Build an error whose second line says where it happened."""
+        return kind(message(what, self.where(), *lines))
+
+
+class _EnableAgain:
+    """Undoes one `grad_enabled = False`; shaped like a context manager for the undo list."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __exit__(self, *exc: object) -> None:
+        self.owner.grad_enabled = True
+
+
+class _ModeOn:
+    """Switches the thread's mode on inside a handler, where torch has switched it off."""
+
+    __slots__ = ("mode",)
+
+    def __init__(self, mode: LevelMode) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        _C._push_on_torch_dispatch_stack(self.mode)
+
+    def __exit__(self, *exc: object) -> None:
+        _C._pop_torch_dispatch_stack(None)
+
+
+class mode_off:
+    """Take the thread's mode off torch's stack for a block of rule code; other modes stay.
+
+    The backward pass runs so: its ops go straight to the wrappers they meet (the second route),
+    which saves a microsecond an op.
+    """
+
+    __slots__ = ("others", "was_on")
+
+    def __enter__(self) -> None:
+        mode = _thread.mode
+        self.was_on = mode.top is not None and mode.is_on()
+        if self.was_on:
+            self.others = []
+            while (popped := _C._pop_torch_dispatch_stack(None)) is not mode:
+                self.others.append(popped)
+            for other in reversed(self.others):
+                _C._push_on_torch_dispatch_stack(other)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.was_on:
+            for _ in self.others:
+                _C._pop_torch_dispatch_stack(None)
+            _C._push_on_torch_dispatch_stack(_thread.mode)
+            for other in reversed(self.others):
+                _C._push_on_torch_dispatch_stack(other)
+
+
+@contextmanager
+def run_at(interpreter: Interpreter | None) -> Iterator[None]:
+    """Run a block as user code of the given level: its ops take the first route from there.
+
+    With None the block runs at level 0, under the dispatch-key state of the outermost caller.
+    A rule needs this around code that is not a rule: a decomposition, a user's function or hook.
+    """
+    mode = _thread.mode
+    saved = mode.top
+    if interpreter is None:
+        outer = mode.outer
+        with mode_off():
+            mode.top = mode.outer = None
+            try:
+                if outer is None:
+                    yield
+                else:
+                    with outer.guard():
+                        yield
+            finally:
+                mode.top, mode.outer = saved, outer
+        return
+    switch = None if mode.is_on() else _ModeOn(mode)
+    mode.top = interpreter
+    if switch is not None:
+        switch.__enter__()
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch.__exit__()
+        mode.top = saved

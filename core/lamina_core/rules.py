@@ -1,0 +1,96 @@
+"""`RuleTable`: the rules of one transform, one per `OpOverload`, with checked registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lamina_core.errors import RuleError, message
+
+__all__ = ["STATES", "Rule", "RuleTable"]
+
+# The states of an (op, transform) pair, best first. "generic" is the loop over the examples under
+# vmap ("fallback") and PyTorch's own formula for derivatives ("borrowed").
+STATES = ("rule", "family", "decomposed", "generic", "missing")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One registered rule.
+
+    Attributes:
+        op: The overload it serves.
+        function: What runs; its signature is the transform's own convention.
+        state: "rule" for one written by hand, "family" for one made from the op's schema.
+        owner: Module and name of the function, for messages.
+    """
+
+    op: Any
+    function: Callable[..., Any]
+    state: str
+    owner: str
+
+
+class RuleTable:
+    """Rules by overload.
+
+    Args:
+        transform: The name that messages use, such as "batching".
+
+    Raises:
+        RuleError: On registration for something that is no `OpOverload`, or twice for one.
+
+    Example:
+        >>> table = RuleTable("demo")
+        >>> table.register(torch.ops.aten.sin.default, lambda x: x)
+        >>> table.lookup(torch.ops.aten.sin.default).state
+        'rule'
+        >>> table.lookup(torch.ops.aten.cos.default) is None
+        True
+    """
+
+    def __init__(self, transform: str) -> None:
+        self.transform = transform
+        self._rules: dict[int, Rule] = {}
+
+    def register(self, op: Any, function: Callable[..., Any], *, state: str = "rule") -> None:
+        """Add the rule of one overload."""
+        if not isinstance(op, torch._ops.OpOverload):
+            raise RuleError(
+                message(
+                    f"a {self.transform} rule is registered for an OpOverload, got {op!r}",
+                    "to fix: name the overload, such as aten.sum.dim_IntList",
+                )
+            )
+        owner = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+        known = self._rules.get(id(op))
+        if known is not None:
+            raise RuleError(
+                message(
+                    f"a second {self.transform} rule for {op}",
+                    f"first owner: {known.owner}",
+                    f"second owner: {owner}",
+                    "to fix: keep one of the two",
+                )
+            )
+        self._rules[id(op)] = Rule(op, function, state, owner)
+
+    def lookup(self, op: Any) -> Rule | None:
+        """The rule of an overload, or None."""
+        return self._rules.get(id(op))
+
+    def __iter__(self) -> Any:
+        """Iterate over all rules, in the order of registration."""
+        return iter(self._rules.values())
+
+    def __len__(self) -> int:
+        """How many overloads have a rule."""
+        return len(self._rules)
+
+    def siblings(self, op: Any) -> list[str]:
+        """Names of the registered overloads of the same op, for messages."""
+        name = op._schema.name
+        return sorted(str(rule.op) for rule in self if rule.op._schema.name == name)

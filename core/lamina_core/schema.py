@@ -1,0 +1,182 @@
+"""What an op's schema says, worked out once per `OpOverload` and kept.
+
+`facts(op)` answers: which arguments hold tensors, is it a view, what does it write to, is it random,
+which op does the same out of place. Nothing on the hot path reads a schema again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["OpFacts", "facts", "is_tensor_list_type", "is_tensor_type"]
+
+# Ops that are random although torch does not tag them so: they decompose into tagged ones, or draw
+# through a generator they do not name.
+_ALSO_RANDOM = frozenset(
+    {
+        "aten::dropout",
+        "aten::feature_dropout",
+        "aten::alpha_dropout",
+        "aten::feature_alpha_dropout",
+    }
+)
+# Tagged as random for one argument only; what they do otherwise is deterministic.
+_NOT_RANDOM = frozenset({"aten::scaled_dot_product_attention"})
+
+
+def is_tensor_type(kind: str) -> bool:
+    """Whether a schema type is a tensor or an optional tensor."""
+    return kind in ("Tensor", "Optional[Tensor]")
+
+
+def is_tensor_list_type(kind: str) -> bool:
+    """Whether a schema type is a list of (optional) tensors."""
+    return kind in ("List[Tensor]", "List[Optional[Tensor]]", "Optional[List[Tensor]]")
+
+
+class OpFacts:
+    """The facts of one overload.
+
+    Attributes:
+        op: The overload itself.
+        call: What runs the op fastest: PyTorch's own Python binding parses the arguments of an
+            elementwise op in half the time that an `OpOverload` takes (1.1 against 1.9 us).
+        name: How messages name it, such as `aten.sum.dim_IntList`.
+        arg_names: Names of all arguments in schema order.
+        tensor_args: Positions of positional arguments that hold a tensor.
+        list_args: Positions of positional arguments that hold a list of tensors.
+        tensor_kwargs: Names of keyword-only arguments that hold a tensor or a list of them.
+        is_view: The output shares memory with the first argument, which is not written.
+        mutated: Positions (or keyword names) of the arguments that the op writes to.
+        is_random: Draws random numbers.
+        is_pointwise: Tagged as elementwise.
+        is_composite: Made of other ops by a C++ function that `decompose` can run.
+        returns: The kinds of the outputs: "tensor", "list" or "other".
+    """
+
+    __slots__ = (
+        "_functional",
+        "arg_names",
+        "call",
+        "is_composite",
+        "is_pointwise",
+        "is_random",
+        "is_view",
+        "list_args",
+        "mutated",
+        "name",
+        "op",
+        "positional",
+        "returns",
+        "tensor_args",
+        "tensor_kwargs",
+    )
+
+    def __init__(self, op: Any) -> None:
+        schema = op._schema
+        self.op = op
+        self.name = str(op)
+        self.arg_names = tuple(argument.name for argument in schema.arguments)
+        self.positional = tuple(a.name for a in schema.arguments if not a.kwarg_only)
+        tensors, lists, keywords, mutated = [], [], [], []
+        for position, argument in enumerate(schema.arguments):
+            kind = str(argument.type)
+            holds_tensor, holds_list = is_tensor_type(kind), is_tensor_list_type(kind)
+            if argument.kwarg_only:
+                if holds_tensor or holds_list:
+                    keywords.append(argument.name)
+            elif holds_tensor:
+                tensors.append(position)
+            elif holds_list:
+                lists.append(position)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                mutated.append(argument.name if argument.kwarg_only else position)
+        self.tensor_args = tuple(tensors)
+        self.list_args = tuple(lists)
+        self.tensor_kwargs = tuple(keywords)
+        self.mutated: tuple[int | str, ...] = tuple(mutated)
+        # lift_fresh hands over what `torch.tensor` has just made: nobody else holds that memory.
+        self.is_view = bool(op.is_view) and schema.name != "aten::lift_fresh"
+        self.is_pointwise = torch.Tag.pointwise in op.tags
+        self.is_random = (
+            torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM
+        ) and schema.name not in _NOT_RANDOM
+        self.is_composite = op._can_decompose()
+        self.returns = tuple(_return_kind(str(r.type)) for r in schema.returns)
+        self._functional: Any = False
+        self.call = _fast_call(op) if self.is_pointwise and not self.is_random else op
+
+    def functional(self) -> Any:
+        """The overload that computes what this one writes, out of place; None if there is none.
+
+        `aten.add_.Tensor` gives `aten.add.Tensor`, `aten.sum.IntList_out` gives
+        `aten.sum.dim_IntList`: the overload whose arguments are those of this one without the
+        written-only `out`s.
+        """
+        if self._functional is False:
+            self._functional = _find_functional(self)
+        return self._functional
+
+    def is_out_variant(self) -> bool:
+        """Whether the op writes to keyword `out` arguments only."""
+        return bool(self.mutated) and all(isinstance(m, str) for m in self.mutated)
+
+
+def _fast_call(op: Any) -> Any:
+    base = op._schema.name.removeprefix("aten::")
+    for home in (torch, torch._C._nn):
+        binding = getattr(home, base, None)
+        if type(binding) is type(torch.sin):
+            return binding
+    return op
+
+
+def _return_kind(kind: str) -> str:
+    if is_tensor_type(kind):
+        return "tensor"
+    return "list" if is_tensor_list_type(kind) else "other"
+
+
+def _find_functional(known: OpFacts) -> Any:
+    namespace, base = known.op._schema.name.split("::")
+    packets = getattr(torch.ops, namespace)
+    names = [base]
+    if not known.is_out_variant():
+        stem = base.removesuffix("_")
+        names = [stem, f"{stem}_functional", f"{base}_functional"]
+    outs = set(known.mutated) if known.is_out_variant() else set()
+    wanted = [(a.name, str(a.type)) for a in known.op._schema.arguments if a.name not in outs]
+    for name in names:
+        packet = getattr(packets, name, None)
+        if packet is None:
+            continue
+        for overload in packet.overloads():
+            candidate = getattr(packet, overload)
+            schema = candidate._schema
+            if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+                continue
+            if [(a.name, str(a.type)) for a in schema.arguments] == wanted:
+                return candidate
+    return None
+
+
+_FACTS: dict[int, OpFacts] = {}
+
+
+def facts(op: Any) -> OpFacts:
+    """The facts of an overload, from the cache.
+
+    Example:
+        >>> import torch
+        >>> add_ = facts(torch.ops.aten.add_.Tensor)
+        >>> add_.tensor_args, add_.mutated, add_.functional()
+        ((0, 1), (0,), <OpOverload(op='aten.add', overload='Tensor')>)
+    """
+    # Keyed by id: the hash of an OpOverload is a Python method and costs 120 ns. The entry keeps
+    # the overload alive, so the id stays its own.
+    found = _FACTS.get(id(op))
+    if found is None:
+        found = _FACTS[id(op)] = OpFacts(op)
+    return found

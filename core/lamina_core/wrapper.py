@@ -1,0 +1,145 @@
+"""`LevelTensor`: the base of all wrappers, and the way an op on wrappers finds its interpreter.
+
+A wrapper is a tensor without storage. It shows the logical shape, dtype and device, belongs to one
+`Interpreter`, and holds a `value` of a lower level: a plain tensor, or a wrapper of a lower level.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lamina_core.config import tensor_summary
+
+if TYPE_CHECKING:
+    from lamina_core.alias import ViewRecipe
+    from lamina_core.interpreter import Interpreter
+
+__all__ = [
+    "LevelTensor",
+    "highest_interpreter",
+    "level_of",
+    "make_wrapper",
+    "plain_of",
+    "shares_memory",
+    "strip_dead",
+]
+
+make_wrapper = torch.Tensor._make_wrapper_subclass
+
+
+class LevelTensor(torch.Tensor):
+    """A tensor that stands for a value at one level of the interpreter stack.
+
+    Attributes:
+        interpreter: The interpreter that made the wrapper and handles the ops on it.
+        value: What the wrapper stands for, one or more levels below.
+        recipe: How this wrapper was viewed out of another, or None if it is no view.
+        version: Counts the writes to this wrapper (see `lamina_core.alias`).
+        is_input: Whether the memory belongs to an argument of the transform.
+    """
+
+    interpreter: Interpreter
+    value: Any
+
+    # Class-level defaults: an instance attribute costs 60 ns, and most wrappers never need these.
+    recipe: ViewRecipe | None = None
+    version: int = 0
+    is_input: bool = False
+
+    classes: ClassVar[set[type]] = set()
+
+    # The ops of a wrapper are seen below, in `__torch_dispatch__`; nothing happens at this door.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Remember every wrapper class, so that `type(x) in classes` tells wrappers apart."""
+        super().__init_subclass__(**kwargs)
+        LevelTensor.classes.add(cls)
+
+    @classmethod
+    def __torch_dispatch__(  # the second route: see `lamina_core.dispatch`
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Hand an op that no mode caught to the interpreter of the highest level involved."""
+        kwargs = kwargs or {}
+        interpreter = highest_interpreter(args, kwargs)
+        if interpreter is not None:
+            return interpreter.process(func, args, kwargs)
+        from_dead = cls.run_dead  # rebound in `lamina_core.dispatch`, which imports this module
+        return from_dead(func, args, kwargs)
+
+    run_dead: ClassVar[Any] = None
+
+    def dead_value(self) -> Any:
+        """What stands for this wrapper once its interpreter has been popped."""
+        return self.value
+
+    def describe(self) -> str:
+        """The fields that the repr shows before the summary of the logical tensor."""
+        return f"level={self.interpreter.level}"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Show the class, the level and the logical tensor; the value follows after an arrow."""
+        dead = "" if self.interpreter.alive else ", dead"
+        return f"{type(self).__name__}({self.describe()}{dead}, {tensor_summary(self)})"
+
+
+_CLASSES = LevelTensor.classes
+
+
+def level_of(value: Any) -> int:
+    """The level of a value: 0 for anything that is not a wrapper of a live interpreter."""
+    if type(value) in _CLASSES and value.interpreter.alive:
+        return int(value.interpreter.level)
+    return 0
+
+
+def highest_interpreter(args: Any, kwargs: dict[str, Any]) -> Interpreter | None:
+    """The live interpreter of the highest level among the wrappers in the arguments of an op."""
+    best = None
+    level = 0
+    for arg in args:
+        kind = type(arg)
+        if kind in _CLASSES:
+            candidate = arg.interpreter
+            if candidate.level > level and candidate.alive:
+                best, level = candidate, candidate.level
+        elif kind is list or kind is tuple:
+            candidate = highest_interpreter(arg, {})
+            if candidate is not None and candidate.level > level:
+                best, level = candidate, candidate.level
+    if kwargs:
+        candidate = highest_interpreter(list(kwargs.values()), {})
+        if candidate is not None and candidate.level > level:
+            best = candidate
+    return best
+
+
+def strip_dead(arg: Any) -> Any:
+    """Replace dead wrappers in one argument by what stands for them."""
+    kind = type(arg)
+    if kind in _CLASSES:
+        while type(arg) in _CLASSES and not arg.interpreter.alive:
+            arg = arg.dead_value()
+        return arg
+    if kind is list or kind is tuple:
+        return kind([strip_dead(item) for item in arg])
+    return arg
+
+
+def plain_of(value: Any) -> Any:
+    """The plain tensor at the bottom of a stack of wrappers."""
+    while type(value) in _CLASSES:
+        value = value.value
+    return value
+
+
+def shares_memory(first: Any, second: Any) -> bool:
+    """Whether two values lie in the same memory at level 0."""
+    return bool(torch._C._is_alias_of(plain_of(first), plain_of(second)))

@@ -1,0 +1,336 @@
+"""The laws of the transforms, each a function of one `Case`.
+
+A law raises AssertionError where it does not hold. `hold` tries a law on all cases of an operator
+and says which ones fail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+import lamina
+from tests.expected import judged
+from tests.samples import BATCH, Case, cases, database
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def hold(name: str, law: str, strict: bool) -> None:
+    """Fails unless the law holds for every case of the operator (or is expected not to).
+
+    Args:
+        name: full name of the operator.
+        law: name of the law.
+        strict: whether a warning of the library itself (that it falls back to a loop) is a failure.
+    """
+    op = database()[name]
+    with judged(op.name, op.variant_test_name, law):
+        failures, tried = [], 0
+        for case in cases(name, law):
+            try:
+                with _warnings(strict):
+                    tried += LAWS[law](case)
+            except Exception as error:  # reported below, with the case
+                kind = type(error).__name__
+                failures.append((f"{case.text}\n{kind}: {error}", error))
+        if failures:
+            text = "\n\n".join(message[:1500] for message, _ in failures[:3])
+            raise AssertionError(
+                f"{law} fails for {len(failures)} of {name}'s samples\n\n{text}"
+            ) from failures[0][1]
+        assert tried, f"the law {law!r} says nothing about {name}; see NOT_UNDER in samples.py"
+
+
+@contextmanager
+def _warnings(strict: bool) -> Iterator[None]:
+    """Ignores PyTorch's warnings; the library's own are errors where `strict`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    if strict:
+        own = [w for w in caught if w.category.__module__.split(".")[0] in OWN]
+        assert not own, f"warned: {own[0].message}"
+
+
+OWN = ("lamina", "lamina_core")
+
+
+# ---------------------------------------------------------------------------------------------
+# vmap
+# ---------------------------------------------------------------------------------------------
+
+
+def vmap_is_a_stacked_loop(case: Case) -> bool:
+    """`vmap(f)(*batches) == stack(f(*examples))`, for every choice of batched arguments.
+
+    Examples whose results differ in shape do not stack; `vmap` must then raise.
+    """
+    if case.random:
+        return False
+    for turn, batched in enumerate(subsets(len(case.generations[0]))):
+        rows = [case.function(*examples(case, batched, i)) for i in range(BATCH)]
+        ragged = any(len({t.shape for t in column}) > 1 for column in zip(*rows, strict=True))
+        expected = () if ragged else stacked(rows)
+        for place in ("first", "last", "negative"):
+            args, in_dims = batch(case, batched, place)
+            out_dims = -1 if place == "negative" and turn == 0 else 0
+            try:
+                actual = lamina.vmap(case.function, in_dims, out_dims)(*args)
+            except RuntimeError:
+                if ragged:
+                    continue
+                raise
+            assert not ragged, f"in_dims={in_dims}: the examples' results do not stack"
+            wanted = tuple(t.movedim(0, out_dims) for t in expected)
+            close(actual, wanted, f"in_dims={in_dims}, out_dims={out_dims}")
+    return True
+
+
+def vmap_of_random_draws(case: Case) -> bool:
+    """The three kinds of randomness, on equal examples.
+
+    "same" gives equal results for equal examples, "different" gives results of the right shape and
+    dtype (and other values, where there are enough of them for that to be sure), "error" raises.
+    """
+    if not case.random:
+        return False
+    tensors = case.generations[0]
+    args = [torch.stack([t] * BATCH) for t in tensors]
+    plain = case.function(*tensors)
+    same = lamina.vmap(case.function, randomness="same")(*args)
+    different = lamina.vmap(case.function, randomness="different")(*args)
+    for outs in (same, different):
+        for out, expected in zip(outs, plain, strict=True):
+            assert out.shape == (BATCH, *expected.shape)
+            assert out.dtype == expected.dtype
+    for out in same:
+        for example in out:
+            torch.testing.assert_close(example, out[0], rtol=0, atol=0, equal_nan=True)
+    draws = max((len(set(out.flatten().tolist())) for out in plain if out.numel()), default=0)
+    if draws > 20:
+        assert any(not torch.equal(out[0], out[1]) for out in different), "examples drew the same"
+    try:
+        lamina.vmap(case.function)(*args)
+    except RuntimeError:
+        return True
+    raise AssertionError('randomness="error" let a random draw pass')
+
+
+# ---------------------------------------------------------------------------------------------
+# Reverse and forward mode
+# ---------------------------------------------------------------------------------------------
+
+
+def vjp_is_autograd(case: Case) -> bool:
+    """`vjp` gives what `torch.autograd.grad` gives for the same cotangents."""
+    plain = differentiated(case, case.generations[0])
+    if plain is None:
+        return False
+    outs, expected, cotangents = plain
+    f, primals = restricted(case, case.generations[0])
+    torch.manual_seed(0)
+    actual_outs, pullback = lamina.vjp(f, *primals)
+    close(actual_outs, outs, "the value")
+    close(pullback(cotangents), expected, "the cotangents")
+    return True
+
+
+def jvp_is_the_transposed_vjp(case: Case) -> bool:
+    """`jvp` gives the derivative of PyTorch's pullback in its cotangent.
+
+    Where PyTorch's pullback has no derivative, the reference is a central difference.
+    """
+    tensors = case.generations[0]
+    kept = kept_outputs(case, tensors)
+    if not kept:
+        return False
+    f, primals = restricted(case, tensors, kept)
+    tangents = tuple(noise(p, 7 + i) for i, p in enumerate(primals))
+    try:
+        expected, loose = _pushforward(f, primals, tangents), False
+    except (RuntimeError, NotImplementedError):
+        expected, loose = _central_difference(f, primals, tangents), True
+    torch.manual_seed(0)
+    _, actual = lamina.jvp(f, primals, tangents)
+    close(actual, expected, "the tangents", loose)
+    return True
+
+
+def vmap_of_vjp_is_a_loop_of_autograd(case: Case) -> bool:
+    """`vmap(vjp)` over everything, over one input, and over the cotangents alone."""
+    if case.random:
+        return False
+    kept = kept_outputs(case, case.generations[0])
+    if not kept:
+        return False
+    wrt = case.differentiable
+    for batched in dict.fromkeys([wrt, wrt[:1], ()]):
+        rows = [examples(case, batched, i) for i in range(BATCH)]
+        plain = [differentiated(case, row, kept, seed=i) for i, row in enumerate(rows)]
+        expected, cotangents = stacked([p[1] for p in plain]), stacked([p[2] for p in plain])
+        args, in_dims = batch(case, batched, "first")
+
+        def pulled_back(cts, *tensors, kept=kept):
+            f, primals = restricted(case, tensors, kept)
+            return lamina.vjp(f, *primals)[1](cts)
+
+        actual = lamina.vmap(pulled_back, (0, *in_dims))(cotangents, *args)
+        close(actual, expected, f"in_dims={in_dims} and batched cotangents")
+    return True
+
+
+LAWS: dict[str, Callable[[Case], bool]] = {
+    "vmap": vmap_is_a_stacked_loop,
+    "inplace": vmap_is_a_stacked_loop,  # its cases call the in-place variant on a fresh copy
+    "random": vmap_of_random_draws,
+    "vjp": vjp_is_autograd,
+    "jvp": jvp_is_the_transposed_vjp,
+    "vmap_vjp": vmap_of_vjp_is_a_loop_of_autograd,
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------
+
+
+def subsets(count: int) -> list[tuple[int, ...]]:
+    """Choices of batched arguments, all of them first: every choice up to three arguments."""
+    everything = tuple(range(count))
+    if count > 3:
+        return [everything, everything[1:], *((i,) for i in everything)]
+    sizes = range(count, 0, -1)
+    return [s for size in sizes for s in itertools.combinations(everything, size)]
+
+
+def examples(case: Case, batched: Sequence[int], i: int) -> Tensors:
+    """The arguments of example `i`; those not batched are the same for all."""
+    return tuple(
+        case.generations[i][k] if k in batched else tensor
+        for k, tensor in enumerate(case.generations[0])
+    )
+
+
+def batch(case: Case, batched: Sequence[int], place: str) -> tuple[Tensors, tuple]:
+    """The batched arguments and their in_dims."""
+    args, in_dims = [], []
+    for k, tensor in enumerate(case.generations[0]):
+        if k not in batched:
+            args.append(tensor)
+            in_dims.append(None)
+            continue
+        dim = {"first": 0, "last": tensor.ndim, "negative": -(1 + k % (tensor.ndim + 1))}[place]
+        stacked = torch.stack([generation[k] for generation in case.generations])
+        args.append(stacked.movedim(0, dim))
+        in_dims.append(dim)
+    return tuple(args), tuple(in_dims)
+
+
+def stacked(rows: Sequence[Tensors]) -> Tensors:
+    """The outputs of all examples, output by output."""
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Derivatives by PyTorch
+# ---------------------------------------------------------------------------------------------
+
+
+def restricted(case: Case, tensors: Tensors, kept: Sequence[int] | None = None):
+    """The case as a function of its differentiable tensors, giving its differentiable outputs."""
+    if kept is None:
+        kept = kept_outputs(case, case.generations[0])
+
+    def f(*primals):
+        filled = list(tensors)
+        for k, primal in zip(case.differentiable, primals, strict=True):
+            filled[k] = primal
+        outs = case.function(*filled)
+        return tuple(outs[i] for i in kept)
+
+    return f, tuple(tensors[k] for k in case.differentiable)
+
+
+def kept_outputs(case: Case, tensors: Tensors) -> list[int]:
+    """Positions of the outputs that PyTorch gives a derivative."""
+    filled = [
+        t.detach().requires_grad_() if k in case.differentiable else t
+        for k, t in enumerate(tensors)
+    ]
+    return [i for i, out in enumerate(case.function(*filled)) if out.requires_grad]
+
+
+def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, seed: int = 0):
+    """Outputs, gradients and the cotangents used, by `torch.autograd.grad`; None without outputs."""
+    kept = kept_outputs(case, tensors) if kept is None else kept
+    if not kept:
+        return None
+    f, primals = restricted(case, tensors, kept)
+    primals = tuple(p.detach().requires_grad_() for p in primals)
+    torch.manual_seed(0)
+    outs = f(*primals)
+    cotangents = tuple(noise(out, 100 * seed + i) for i, out in enumerate(outs))
+    grads = torch.autograd.grad(
+        outs, primals, cotangents, allow_unused=True, materialize_grads=True
+    )
+    return tuple(o.detach() for o in outs), grads, cotangents
+
+
+def _pushforward(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
+    torch.manual_seed(0)
+    leaves = tuple(p.detach().requires_grad_() for p in primals)
+    outs = f(*leaves)
+    probes = tuple(noise(out, 50 + i).requires_grad_() for i, out in enumerate(outs))
+    pulled = torch.autograd.grad(
+        outs, leaves, probes, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    used = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g.requires_grad]
+    return torch.autograd.grad(
+        [g for g, _ in used],
+        probes,
+        [t for _, t in used],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def _central_difference(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
+    step = 1e-6 if primals[0].dtype in (torch.float64, torch.complex128) else 1e-3
+
+    def at(sign: int) -> Tensors:
+        torch.manual_seed(0)
+        moved = [p + sign * step * t for p, t in zip(primals, tangents, strict=True)]
+        return f(*moved)
+
+    return tuple((hi - lo) / (2 * step) for hi, lo in zip(at(1), at(-1), strict=True))
+
+
+def noise(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """A tensor of normal values, the same for the same seed and shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator)
+
+
+def close(actual: Sequence, expected: Sequence, what: str, loose: bool = False) -> None:
+    """Fails unless values, shapes and dtypes agree, to within rounding of the largest entry."""
+    assert len(actual) == len(expected), f"{what}: {len(actual)} outputs, not {len(expected)}"
+    for a, e in zip(actual, expected, strict=True):
+        exact = e.dtype in (torch.float64, torch.complex128)
+        tolerance = 1e-4 if loose else 1e-7 if exact else 1e-4
+        scale = 1.0
+        if e.is_floating_point() or e.is_complex():
+            finite = e.abs()[e.isfinite()]
+            scale = max(1.0, finite.max().item()) if finite.numel() else 1.0
+        torch.testing.assert_close(
+            a,
+            e.detach(),
+            rtol=tolerance,
+            atol=tolerance * scale,
+            equal_nan=True,
+            msg=lambda text: f"{what}\n{text}",
+        )

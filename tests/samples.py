@@ -1,0 +1,334 @@
+"""Which operators the laws are tried on, and with which inputs.
+
+The operators come from PyTorch's own table of samples (`op_db`). `CURATED` names the ones that
+models are made of; they run by default. All others run under the `exhaustive` marker. The table is
+loaded on first use, for it takes seconds.
+
+Treatment of what is not plain:
+
+* An operator in `LEFT_OUT` is left out of all laws, for the reason stated there.
+* A sample whose plain run moves the random number generator is *random*: the law `random` takes it
+  in place of the laws `vmap`, `vmap_vjp` and `inplace`. The laws `vjp` and `jvp` take it like any
+  other: with the same seed, the same draw.
+* An operator in `UNINITIALISED` gives arbitrary values: only shapes and dtypes are compared.
+* A sample that writes to its inputs is given fresh copies of them, made inside the function.
+* Python values in a result are compared as tensors.
+* A law that has nothing to say about any sample of an operator fails, unless `NOT_UNDER` says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+BATCH = 3
+SAMPLES = 6  # a spread of this many out of the first FIRST
+FIRST = 40
+
+CURATED = {
+    "pointwise": """
+        abs add addcdiv addcmul atan2 ceil clamp clamp_max clamp_min cos div.no_rounding_mode eq erf
+        exp expm1 floor ge gt isfinite isnan le lerp log log1p logaddexp logical_and logical_not lt
+        masked_fill max.binary maximum min.binary minimum mul nan_to_num ne neg pow reciprocal
+        remainder round rsqrt rsub sigmoid sign sin sqrt square sub tan tanh true_divide where xlogy
+    """,
+    "reductions": """
+        all amax amin any argmax argmin cumprod cumsum linalg.vector_norm logcumsumexp logsumexp
+        max.reduction_no_dim max.reduction_with_dim mean norm prod std sum trace var var_mean
+    """,
+    "views": """
+        as_strided broadcast_to cat chunk clone contiguous diag_embed diagonal expand flatten flip
+        movedim narrow permute repeat reshape roll select slice split squeeze stack t
+        transpose tril triu unbind unflatten unfold unsqueeze view
+    """,
+    "indexing": """
+        __getitem__ gather index_add index_copy index_put index_select masked_scatter
+        nn.functional.embedding nn.functional.one_hot scatter scatter_add take_along_dim
+    """,
+    "sorting": "argsort cummax kthvalue searchsorted sort topk",
+    "linalg": """
+        cholesky_solve cross kron linalg.cholesky linalg.det linalg.eigh linalg.inv linalg.qr
+        linalg.slogdet linalg.solve linalg.solve_triangular linalg.svdvals
+    """,
+    "matmul": """
+        __rmatmul__ addmm addmv baddbmm bmm dot einsum inner matmul mm mv nn.functional.bilinear
+        nn.functional.linear outer tensordot
+    """,
+    "conv": """
+        nn.functional.conv1d nn.functional.conv2d nn.functional.conv3d
+        nn.functional.conv_transpose1d nn.functional.conv_transpose2d nn.functional.interpolate.bilinear
+        nn.functional.interpolate.nearest nn.functional.pad.constant nn.functional.pad.reflect
+        nn.functional.pixel_shuffle nn.functional.unfold
+    """,
+    "pool": """
+        nn.functional.adaptive_avg_pool2d nn.functional.adaptive_max_pool2d nn.functional.avg_pool1d
+        nn.functional.avg_pool2d nn.functional.max_pool1d nn.functional.max_pool2d
+    """,
+    "norm": """
+        nn.functional.batch_norm nn.functional.group_norm nn.functional.instance_norm
+        nn.functional.layer_norm nn.functional.normalize nn.functional.rms_norm
+    """,
+    "loss": """
+        nn.functional.binary_cross_entropy nn.functional.binary_cross_entropy_with_logits
+        nn.functional.cosine_similarity nn.functional.cross_entropy nn.functional.huber_loss
+        nn.functional.kl_div nn.functional.l1_loss nn.functional.mse_loss nn.functional.nll_loss
+        nn.functional.smooth_l1_loss
+    """,
+    "activations": """
+        log_softmax nn.functional.celu nn.functional.elu nn.functional.gelu nn.functional.glu
+        nn.functional.hardsigmoid nn.functional.hardswish nn.functional.hardtanh
+        nn.functional.leaky_relu nn.functional.logsigmoid nn.functional.mish nn.functional.prelu
+        nn.functional.relu nn.functional.relu6 nn.functional.selu nn.functional.silu
+        nn.functional.softplus softmax
+    """,
+    "attention": "nn.functional.scaled_dot_product_attention",
+    "random": "bernoulli nn.functional.dropout rand_like randn_like",
+    "factories": "full_like new_zeros ones_like zeros_like",
+    "fft": "fft.fft fft.irfft fft.rfft",
+}
+
+# Of the curated operators: the ones without a derivative, and the ones with an in-place variant.
+NOT_DIFFERENTIABLE = frozenset(
+    """
+    all any argmax argmin argsort eq full_like ge gt isfinite isnan le logical_and
+    logical_not lt ne new_zeros ones_like rand_like randn_like searchsorted zeros_like
+    """.split()
+)
+INPLACE = frozenset(
+    """
+    abs add addcdiv addcmul addmm addmv atan2 baddbmm ceil clamp clamp_max clamp_min cos cumprod
+    cumsum div.no_rounding_mode erf exp expm1 floor index_add index_copy index_put lerp log log1p
+    masked_fill masked_scatter mul nan_to_num neg nn.functional.celu nn.functional.elu
+    nn.functional.hardsigmoid nn.functional.leaky_relu nn.functional.mish nn.functional.selu
+    nn.functional.silu pow reciprocal remainder round rsqrt scatter scatter_add sigmoid sign sin
+    sqrt square sub tan tanh tril triu true_divide xlogy
+    """.split()
+)
+RANDOM = frozenset("bernoulli nn.functional.dropout rand_like randn_like".split())
+
+_CUDA = "runs on a GPU only"
+_SPARSE = "takes or gives sparse tensors, which no transform here maps"
+LEFT_OUT = {
+    "bmm.triton_optimized": _CUDA,
+    "jiterator_2inputs_2outputs": _CUDA,
+    "jiterator_4inputs_with_extra_args": _CUDA,
+    "jiterator_binary": _CUDA,
+    "jiterator_binary_return_by_ref": _CUDA,
+    "jiterator_unary": _CUDA,
+    "nn.functional.batch_norm.without_cudnn": _CUDA,
+    "sparse.mm.reduce": _SPARSE,
+    "sparse.sampled_addmm": _SPARSE,
+    "to_sparse": _SPARSE,
+    "torch._scaled_mm": _CUDA,
+    "torch._scaled_mm_v2": _CUDA,
+    "torch.ops.aten._efficient_attention_forward": _CUDA,
+    "torch.ops.aten._flash_attention_forward": _CUDA,
+}
+UNINITIALISED = frozenset(
+    """
+    empty empty_like empty_permuted empty_strided new_empty new_empty_strided resize_ resize_as_
+    """.split()
+)
+
+
+@functools.cache
+def database() -> dict[str, Any]:
+    """All of PyTorch's operator samples, by full name (``name.variant`` where there is one)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Imported late: collecting tests must not wait for it.
+        from torch.testing._internal import common_methods_invocations as table  # noqa: PLC0415
+    # The table seeds its random operators, which would hide that they draw; the laws seed here.
+    table.wrapper_set_seed = _call
+    return {full_name(op): op for op in table.op_db}
+
+
+def _call(op: Callable, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+def full_name(op: Any) -> str:
+    """The name of an operator in these tests."""
+    return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+
+
+def curated(law: str) -> list[str]:
+    """The curated operators that a law speaks of."""
+    names = [name for family in CURATED.values() for name in family.split()]
+    if law == "vmap":
+        return [name for name in names if name not in RANDOM or name == "nn.functional.dropout"]
+    if law == "inplace":
+        return [name for name in names if name in INPLACE]
+    if law == "random":
+        return [name for name in names if name in RANDOM]
+    return [name for name in names if name not in NOT_DIFFERENTIABLE | NOT_UNDER[law].keys()]
+
+
+# Operators without a single sample that the law could speak of.
+_DRAWS = "every sample draws random numbers; the law `random` takes it"
+_INTEGERS = "a function of integers alone"
+_ZERO = "PyTorch gives the result no derivative"
+NOT_UNDER: dict[str, dict[str, str]] = {
+    "vmap": {},
+    "inplace": {},
+    "random": {},
+    "vjp": {"nn.functional.one_hot": _INTEGERS},
+    "jvp": {"nn.functional.one_hot": _INTEGERS},
+    "vmap_vjp": {"bernoulli": _DRAWS, "nn.functional.one_hot": _INTEGERS},
+}
+
+
+def others(law: str) -> list[str]:
+    """The operators that a law speaks of and that are not curated."""
+    known = {name for family in CURATED.values() for name in family.split()}
+    names = []
+    for name, op in database().items():
+        if name in known or name in LEFT_OUT or name in NOT_UNDER[law]:
+            continue
+        if law in ("vjp", "jvp", "vmap_vjp") and not op.supports_autograd:
+            continue
+        if law == "inplace" and op.inplace_variant is None:
+            continue
+        names.append(name)
+    return names
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator on one sample, as a function of the tensors in it.
+
+    Attributes:
+        text: what to print about it.
+        function: takes the tensors of a generation, gives a tuple of tensors.
+        generations: for each example of a batch, the tensors. Shapes and dtypes agree.
+        differentiable: positions of the tensors to differentiate in.
+        random: whether a plain run draws random numbers.
+    """
+
+    text: str
+    function: Callable[..., tuple[torch.Tensor, ...]]
+    generations: tuple[tuple[torch.Tensor, ...], ...]
+    differentiable: tuple[int, ...]
+    random: bool
+
+
+def dtype_of(op: Any) -> torch.dtype:
+    """The dtype to try an operator with: float64 where it can."""
+    order = (torch.float64, torch.float32, torch.int64, torch.complex128, torch.complex64)
+    supported = op.supported_dtypes("cpu")
+    return next(dtype for dtype in (*order, torch.int32, torch.bool) if dtype in supported)
+
+
+def cases(name: str, law: str) -> list[Case]:
+    """The cases of an operator under a law: a spread of its first samples."""
+    op = database()[name]
+    dtype = dtype_of(op)
+    found = list(_cases(op, name, law, dtype, SAMPLES))
+    if dtype.is_floating_point and torch.complex128 in op.supported_dtypes("cpu"):
+        found += _cases(op, name, law, torch.complex128, 2)
+    return found
+
+
+def _cases(op: Any, name: str, law: str, dtype: torch.dtype, count: int) -> Iterator[Case]:
+    differentiates = law in ("vjp", "jvp", "vmap_vjp")
+    if differentiates and dtype not in op.supported_backward_dtypes("cpu"):
+        return
+    runs = [
+        list(itertools.islice(_samples(op, dtype, differentiates, generation), FIRST))
+        for generation in range(BATCH)
+    ]
+    step = -(-len(runs[0]) // count) or 1
+    for i in range(0, len(runs[0]), step):
+        same = [run[i] for run in runs if i < len(run)]
+        case = _case(op, name, law, same)
+        if case is not None:
+            yield case
+
+
+def _samples(op: Any, dtype: torch.dtype, requires_grad: bool, generation: int) -> Iterator[Any]:
+    random.seed(generation)
+    numpy.random.seed(generation)
+    torch.manual_seed(generation)
+    return iter(op.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+
+
+def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
+    flat = [tree_flatten((s.input, s.args, s.kwargs)) for s in samples]
+    leaves, spec = flat[0]
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    generations = tuple(
+        tuple(_alike(leaves[i], other[i] if len(other) == len(leaves) else None) for i in at)
+        for other, _ in flat
+    )
+    generations += (generations[0],) * (BATCH - len(generations))
+    differentiable = tuple(k for k, i in enumerate(at) if leaves[i].requires_grad)
+    if law in ("vjp", "jvp", "vmap_vjp"):
+        process, wrapper = samples[0].output_process_fn_grad, op.gradcheck_wrapper
+        if wrapper.__name__ == "wrapper_set_seed":
+            wrapper = _call
+
+        def call(*args, **kwargs):
+            return process(wrapper(op.get_op(), *args, **kwargs))
+    elif law == "inplace":
+        if not isinstance(samples[0].input, torch.Tensor) or samples[0].broadcasts_input:
+            return None
+        call = op.get_inplace()
+    else:
+        call = op.get_op()
+    copies = law == "inplace"
+
+    def function(*tensors):
+        filled = list(leaves)
+        for i, tensor in zip(at, tensors, strict=False):
+            filled[i] = tensor.clone() if copies else tensor
+        first, args, kwargs = tree_unflatten(filled, spec)
+        out = _tensors(call(first, *args, **kwargs))
+        if name in UNINITIALISED:
+            out = tuple(torch.zeros_like(o) for o in out)
+        return out
+
+    if not at:  # nothing to batch: a bystander is
+        generations = ((torch.zeros(()),),) * BATCH
+    before, versions = torch.get_rng_state(), [t._version for t in generations[0]]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(*(t.detach().clone() if copies else t.detach() for t in generations[0]))
+    except RuntimeError:
+        if law == "inplace":  # the result does not fit into the input
+            return None
+        raise
+    moved = not torch.equal(before, torch.get_rng_state())
+    copies = copies or versions != [t._version for t in generations[0]]
+    text = f"{name}({', '.join(_brief(leaf) for leaf in leaves)})"
+    return Case(text, function, generations, differentiable, moved)
+
+
+def _alike(leaf: torch.Tensor, other: Any) -> torch.Tensor:
+    fits = (
+        isinstance(other, torch.Tensor)
+        and other.shape == leaf.shape
+        and other.dtype == leaf.dtype
+        and other.layout == leaf.layout
+    )
+    return (other if fits else leaf).detach()
+
+
+def _tensors(out: Any) -> tuple[torch.Tensor, ...]:
+    flat = [leaf for leaf in tree_flatten(out)[0] if leaf is not None]
+    return tuple(leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf) for leaf in flat)
+
+
+def _brief(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return repr(leaf)[:60]

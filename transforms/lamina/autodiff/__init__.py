@@ -1,0 +1,1 @@
+"""Differentiation: `vjp` and `grad` (reverse mode), `jvp` (forward mode)."""

@@ -1,0 +1,464 @@
+"""`vjp`, `grad`, `grad_and_value`, `value_and_grad` and `jvp`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lamina.autodiff.forward import ForwardInterpreter
+from lamina.autodiff.reverse import ReverseInterpreter
+from lamina.autodiff.tape import backward, move_residuals
+from lamina_core import pytree
+from lamina_core.alias import refresh_all
+from lamina_core.errors import (
+    NonScalarLossError,
+    NotDifferentiableError,
+    StructureError,
+    TangentError,
+    message,
+)
+from lamina_core.interpreter import mode_off
+
+__all__ = ["grad", "grad_and_value", "jvp", "value_and_grad", "vjp"]
+
+Tensor = torch.Tensor
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf can carry a derivative: a floating-point or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+# -- reverse mode ----------------------------------------------------------------------------------
+
+
+class _Pass:
+    """One run of a function on a tape: what it returned, and where its inputs and outputs lie."""
+
+    __slots__ = ("aux", "in_nodes", "interpreter", "lifted", "out_spec", "positions", "values")
+
+    def pull(self, cts: Sequence[Any], *, release: bool) -> list[Any]:
+        """Cotangents of the inputs; None for inputs that are not differentiable."""
+        inputs = [node for node in self.in_nodes if node is not None]
+        if self.interpreter.watch:
+            grads = backward(self.positions, cts, inputs, release=release)
+        else:
+            with mode_off():
+                grads = backward(self.positions, cts, inputs, release=release)
+        found = iter(grads)
+        return [None if node is None else next(found) for node in self.in_nodes]
+
+
+def _run(
+    name: str,
+    func: Callable[..., Any],
+    leaves: list[Any],
+    rebuild: Callable[[list[Any]], tuple[Any, ...]],
+    kwargs: dict[str, Any],
+    has_aux: bool,
+) -> _Pass:
+    """Run `func` with its leaves on a fresh tape.
+
+    Args:
+        name: The transform, for messages.
+        func: The function.
+        leaves: The leaves to differentiate with respect to; others among them are constants.
+        rebuild: Makes the positional arguments from the wrapped leaves.
+        kwargs: Keyword arguments, handed on as they are.
+        has_aux: Whether the function returns `(output, aux)`.
+    """
+    run = _Pass()
+    run.interpreter = interpreter = ReverseInterpreter(name)
+    with interpreter, torch.enable_grad():
+        wrapped = [interpreter.leaf(x) if is_differentiable(x) else x for x in leaves]
+        run.in_nodes = [
+            w.node if is_differentiable(x) else None for w, x in zip(wrapped, leaves, strict=True)
+        ]
+        out = func(*rebuild(wrapped), **kwargs)
+        run.aux = None
+        if has_aux:
+            out, run.aux = _split_aux(out, interpreter)
+            run.aux = pytree.tree_map(functools.partial(_lowered, interpreter), run.aux)
+        outs, run.out_spec = pytree.flatten(out)
+        if interpreter.mutated:
+            refresh_all(interpreter, outs, {})
+        run.positions = [
+            (o.node, o.index) if interpreter.is_own(o) and o.node is not None else None
+            for o in outs
+        ]
+        run.values = [_lowered(interpreter, o) for o in outs]
+        run.lifted = wrapped if interpreter.written else []
+    return run
+
+
+def _lowered(interpreter: Any, value: Any) -> Any:
+    """What a value of this level stands for one level below."""
+    if not interpreter.is_own(value):
+        return value
+    if interpreter.mutated:
+        refresh_all(interpreter, (value,), {})
+    return value.value
+
+
+def _split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise interpreter.error(
+            StructureError,
+            "has_aux=True, but the function did not return a pair",
+            f"it returned {type(out).__name__}",
+            "to fix: return (output, aux)",
+        )
+    return out[0], out[1]
+
+
+def _write_back(run: _Pass, originals: list[Any], *, keep: bool) -> None:
+    """Let the caller see what was written to the arguments (NOTE [Writes]).
+
+    With `keep`, residuals that lie in the memory about to be overwritten are moved out of it first.
+    """
+    written = {id(wrapper) for wrapper in run.interpreter.written}
+    for wrapper, original in zip(run.lifted, originals, strict=bool(run.lifted)):
+        if id(wrapper) in written:
+            if keep:
+                move_residuals(run.positions, original)
+            original.copy_(wrapper.value)
+
+
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
+    """Run a function, and return its output with a function that pulls cotangents back.
+
+    Args:
+        func: Takes `*primals` and `**kwargs`, returns a pytree of tensors.
+        *primals: Pytrees. Their floating-point and complex tensors are differentiated; other
+            leaves are constants, and get None in the result.
+        has_aux: Whether `func` returns `(output, aux)`; aux is handed back as it is.
+        **kwargs: Reach `func` and are not differentiated.
+
+    Returns:
+        `(output, vjp_fn)`, or `(output, vjp_fn, aux)`. `vjp_fn(cotangents)` takes cotangents like
+        the output and returns a tuple of cotangents like `primals`: J^H ct for each. It may be
+        called any number of times, also under later transforms.
+
+    Raises:
+        NotDifferentiableError: If no leaf of `primals` is a floating-point or complex tensor.
+        TangentError: By `vjp_fn`, if the cotangents do not match the output.
+
+    Example:
+        >>> import torch
+        >>> from lamina import vjp
+        >>> out, vjp_fn = vjp(torch.sin, torch.zeros(2))
+        >>> vjp_fn(torch.tensor([1.0, 2.0]))
+        (tensor([1., 2.]),)
+    """
+    leaves, spec = pytree.flatten(primals)
+    _need_one(leaves, primals, "vjp", "primals")
+    run = _run("vjp", func, leaves, lambda new: pytree.unflatten(spec, new), kwargs, has_aux)
+    _write_back(run, leaves, keep=True)
+    out = pytree.unflatten(run.out_spec, run.values)
+
+    def vjp_fn(cotangents: Any) -> Any:
+        """Pull cotangents of the output back to the primals."""
+        cts = _match(cotangents, run.values, run.out_spec, "cotangent", "output")
+        return pytree.unflatten(spec, _filled(run.pull(cts, release=False), leaves))
+
+    return (out, vjp_fn, run.aux) if has_aux else (out, vjp_fn)
+
+
+def _filled(grads: list[Any], leaves: list[Any]) -> list[Any]:
+    """Zeros for inputs that had no influence; None stays for leaves that are not differentiable."""
+    return [
+        torch.zeros_like(leaf) if ct is None and is_differentiable(leaf) else ct
+        for ct, leaf in zip(grads, leaves, strict=True)
+    ]
+
+
+def grad(
+    func: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Turn a function that returns a scalar loss into the function that returns its gradient.
+
+    Args:
+        func: Returns a tensor of shape (), or `(loss, aux)` with `has_aux=True`.
+        argnums: Which positional arguments to differentiate; an int, or several. Each may be a
+            pytree: leaves that are not floating-point or complex tensors get None.
+        has_aux: Whether `func` returns `(loss, aux)`.
+
+    Returns:
+        A function of the same arguments that returns the gradient, in the structure of the argument
+        (a tuple of them for several argnums), or `(gradient, aux)`.
+
+    Raises:
+        NonScalarLossError: If the loss is not a tensor of shape ().
+        NotDifferentiableError: If no leaf of the arguments chosen is differentiable.
+        StructureError: If `argnums` does not fit the arguments.
+
+    Example:
+        >>> import torch
+        >>> from lamina import grad
+        >>> grad(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
+        tensor([ 3., 12.])
+    """
+    both = grad_and_value(func, argnums, has_aux)
+
+    @functools.wraps(func)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        found, value = both(*args, **kwargs)
+        return (found, value[1]) if has_aux else found
+
+    return gradient
+
+
+def grad_and_value(
+    func: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Like `grad`, and return the loss as well: `(gradient, loss)`, or `(gradient, (loss, aux))`.
+
+    Example:
+        >>> import torch
+        >>> from lamina import grad_and_value
+        >>> grad_and_value(lambda x: x.square())(torch.tensor(3.0))
+        (tensor(6.), tensor(9.))
+    """
+
+    @functools.wraps(func)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        chosen = choose(args, argnums, "grad")
+        picked = args[chosen[0]] if isinstance(argnums, int) else tuple(args[i] for i in chosen)
+        leaves, spec = pytree.flatten(picked)
+        _need_one(leaves, args, "grad", f"argnums={argnums!r}")
+
+        def rebuild(new: list[Any]) -> tuple[Any, ...]:
+            tree = pytree.unflatten(spec, new)
+            full = list(args)
+            new_args = (tree,) if isinstance(argnums, int) else tree
+            for at, value in zip(chosen, new_args, strict=True):
+                full[at] = value
+            return tuple(full)
+
+        run = _run("grad", func, leaves, rebuild, kwargs, has_aux)
+        loss = _scalar(run)
+        seed = torch.ones_like(loss)
+        grads = run.pull([seed], release=True)
+        _write_back(run, leaves, keep=False)
+        found = pytree.unflatten(spec, _filled(grads, leaves))
+        return found, ((loss, run.aux) if has_aux else loss)
+
+    return both
+
+
+def value_and_grad(
+    func: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    """`grad_and_value` in the order of JAX: `(loss, gradient)`, or `((loss, aux), gradient)`.
+
+    Example:
+        >>> import torch
+        >>> from lamina import value_and_grad
+        >>> value_and_grad(lambda x: x.square())(torch.tensor(3.0))
+        (tensor(9.), tensor(6.))
+    """
+    both = grad_and_value(func, argnums, has_aux)
+
+    @functools.wraps(func)
+    def swapped(*args: Any, **kwargs: Any) -> Any:
+        found, value = both(*args, **kwargs)
+        return value, found
+
+    return swapped
+
+
+def choose(args: tuple[Any, ...], argnums: Any, name: str) -> list[int]:
+    """The positions that `argnums` names, counted from the front.
+
+    Raises:
+        StructureError: If `argnums` is not an int or a sequence of distinct ints in range.
+    """
+    wanted = [argnums] if isinstance(argnums, int) else argnums
+    if isinstance(argnums, bool) or not isinstance(wanted, (tuple, list)) or not wanted:
+        raise StructureError(
+            message(
+                f"argnums of {name} is {argnums!r}",
+                "to fix: pass an int, or a tuple of ints",
+            )
+        )
+    positions = []
+    for at in wanted:
+        if not isinstance(at, int) or not -len(args) <= at < len(args):
+            raise StructureError(
+                message(
+                    f"argnums of {name} is {argnums!r}, but there are {len(args)} positional "
+                    "arguments",
+                    "arguments passed by keyword are not differentiated",
+                    "to fix: pass the argument positionally and name its position",
+                )
+            )
+        positions.append(at % len(args))
+    if len(set(positions)) != len(positions):
+        raise StructureError(
+            message(
+                f"argnums of {name} names an argument twice: {argnums!r}", "to fix: name it once"
+            )
+        )
+    return positions
+
+
+def _need_one(leaves: list[Any], tree: Any, name: str, what: str) -> None:
+    """Raise unless something can be differentiated."""
+    if any(is_differentiable(leaf) for leaf in leaves):
+        return
+    kinds = ", ".join(
+        f"{leaf.dtype} tensor of shape {list(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else type(leaf).__name__
+        for leaf in leaves[:4]
+    )
+    raise NotDifferentiableError(
+        message(
+            f"{name} has nothing to differentiate: {what} holds no floating-point or complex tensor",
+            f"it holds: {kinds or 'nothing'}",
+            "to fix: convert the argument with .float(), or choose another one with argnums",
+        )
+    )
+
+
+def _scalar(run: _Pass) -> Any:
+    """The loss, if it is one tensor of shape ()."""
+    if len(run.values) == 1 and isinstance(run.values[0], Tensor) and run.out_spec.is_leaf():
+        loss = run.values[0]
+        if loss.dim() == 0 and is_differentiable(loss) and not loss.is_complex():
+            return loss
+        if loss.dim() == 0:
+            raise NonScalarLossError(
+                message(
+                    f"grad needs a real floating-point loss, got one of dtype {loss.dtype}",
+                    "to fix: return a real tensor, such as the absolute value",
+                )
+            )
+        raise NonScalarLossError(
+            message(
+                f"grad needs a loss of shape [], got one of shape {list(loss.shape)}",
+                "to fix: reduce it, with .sum() or .mean() for instance; .squeeze() for one element",
+            )
+        )
+    kinds = [type(value).__name__ for value in run.values]
+    raise NonScalarLossError(
+        message(
+            f"grad needs a loss that is one tensor, got {len(kinds)} outputs: {', '.join(kinds[:4])}",
+            "to fix: return the loss alone, or (loss, aux) with has_aux=True",
+        )
+    )
+
+
+def _match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[Any]:
+    """Cotangents or tangents as one list, each checked against the value it belongs to."""
+    found, given_spec = pytree.flatten(given)
+    if given_spec != spec:
+        raise TangentError(
+            message(
+                f"the {what}s do not have the structure of the {of}",
+                f"{of}: {spec}",
+                f"{what}s: {given_spec}",
+                f"to fix: pass one {what} for each leaf, None for zero",
+            )
+        )
+    for i, (ct, value) in enumerate(zip(found, values, strict=True)):
+        if ct is None or not is_differentiable(value):
+            found[i] = None
+            continue
+        if not isinstance(ct, Tensor) or ct.shape != value.shape or ct.dtype != value.dtype:
+            paths, _, _ = pytree.flatten_with_paths(given)
+            got = (
+                f"{ct.dtype} of shape {list(ct.shape)}"
+                if isinstance(ct, Tensor)
+                else type(ct).__name__
+            )
+            raise TangentError(
+                message(
+                    f"the {what}{paths[i]} does not match its {of}",
+                    f"{of}{paths[i]}: {value.dtype} of shape {list(value.shape)}",
+                    f"{what}{paths[i]}: {got}",
+                    f"to fix: pass a {what} of the same shape and dtype",
+                )
+            )
+    return found
+
+
+# -- forward mode ----------------------------------------------------------------------------------
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: Any,
+    tangents: Any,
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Run a function and push tangents through it.
+
+    Args:
+        func: Takes `*primals` and `**kwargs`, returns a pytree of tensors.
+        primals: A tuple or list of positional arguments, each a pytree.
+        tangents: Tangents like `primals`; None stands for a zero tangent.
+        strict: Whether an output that does not depend on the primals is an error.
+        has_aux: Whether `func` returns `(output, aux)`.
+        **kwargs: Reach `func` and have no tangent.
+
+    Returns:
+        `(output, output_tangent)`, or `(output, output_tangent, aux)`: the tangent is J t.
+
+    Raises:
+        TangentError: If tangents do not match primals, or `strict` finds an independent output.
+
+    Example:
+        >>> import torch
+        >>> from lamina import jvp
+        >>> jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+        (tensor(0.), tensor(1.))
+    """
+    if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
+        raise StructureError(
+            message(
+                f"jvp got primals of type {type(primals).__name__} and tangents of type "
+                f"{type(tangents).__name__}",
+                "to fix: pass a tuple of arguments and a tuple of their tangents",
+            )
+        )
+    primals, tangents = tuple(primals), tuple(tangents)
+    leaves, spec = pytree.flatten(primals)
+    _need_one(leaves, primals, "jvp", "primals")
+    pushed = _match(tangents, leaves, spec, "tangent", "primal")
+    with ForwardInterpreter() as interpreter, torch.enable_grad():
+        lifted = [
+            interpreter.lift(leaf, t) if is_differentiable(leaf) else leaf
+            for leaf, t in zip(leaves, pushed, strict=True)
+        ]
+        out = func(*pytree.unflatten(spec, lifted), **kwargs)
+        aux = None
+        if has_aux:
+            out, aux = _split_aux(out, interpreter)
+            aux = pytree.tree_map(functools.partial(_lowered, interpreter), aux)
+        outs, out_spec = pytree.flatten(out)
+        if interpreter.mutated:
+            refresh_all(interpreter, outs, {})
+        values = [_lowered(interpreter, o) for o in outs]
+        out_ts = [o.tangent if interpreter.is_own(o) else None for o in outs]
+        if strict and any(t is None for t in out_ts):
+            raise interpreter.error(
+                TangentError,
+                "strict=True, and an output does not depend on the primals",
+                "to fix: pass strict=False to get a zero tangent",
+            )
+    for wrapper, original in zip(lifted, leaves, strict=True):
+        if any(w is wrapper for w in interpreter.written):
+            original.copy_(wrapper.value)
+    out_ts = [
+        torch.zeros_like(v) if t is None and is_differentiable(v) else t
+        for t, v in zip(out_ts, values, strict=True)
+    ]
+    out, out_t = pytree.unflatten(out_spec, values), pytree.unflatten(out_spec, out_ts)
+    return (out, out_t, aux) if has_aux else (out, out_t)

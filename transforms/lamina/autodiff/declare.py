@@ -1,0 +1,231 @@
+"""How a derivative is declared: once, for both modes.
+
+| declaration | for | statement |
+|---|---|---|
+| `pointwise(op, *products)` | elementwise ops | per operand, `t` times the partial derivative |
+| `linear(op, transpose)` | ops linear in their one operand | the transposed map |
+| `multilinear(op, *transposes)` | ops linear in each operand | the transposed map in each |
+| `constant(*ops)` | ops whose outputs have no derivative | - |
+| `@vjp_rule(op)`, `@jvp_rule(op)` | the rest | by hand |
+
+# NOTE [Names say what is saved]
+The parameters of a product or transpose name what it needs besides its first one: `out` is the
+result, `x`, `y`, `z` the tensor operands in order, `x_shape` and `x_dtype` facts of an operand that
+keep no memory, any other name an argument of the op's schema. Only what is named is kept as a
+residual. `pointwise(aten.tanh.default, lambda t, out: t * (1 - out * out))` keeps the result and
+not the operand.
+
+A product is linear in `t` and elementwise, so it is its own transpose: it serves tangents and
+cotangents alike. For complex values the pullback follows PyTorch's conjugate convention:
+`x_ct = conj(product(conj(ct)))`, and its real part for a real operand.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from lamina_core.errors import RuleError
+from lamina_core.rules import RuleTable
+from lamina_core.schema import OpFacts, facts
+
+__all__ = [
+    "FORWARD",
+    "REVERSE",
+    "Constant",
+    "Linear",
+    "Multilinear",
+    "Needed",
+    "Pointwise",
+    "constant",
+    "jvp_rule",
+    "linear",
+    "multilinear",
+    "pointwise",
+    "unbroadcast",
+    "vjp_rule",
+]
+
+REVERSE = RuleTable("vjp")
+FORWARD = RuleTable("jvp")
+
+_OPERANDS = "xyzw"
+
+
+class Needed:
+    """A product or transpose, with what its parameters name resolved to places.
+
+    Attributes:
+        function: The declared function.
+        places: For each parameter behind the first: ("out",), ("operand", i), ("shape", i),
+            ("dtype", i) or ("arg", name).
+    """
+
+    __slots__ = ("function", "places", "simple")
+
+    def __init__(self, function: Callable[..., Any], known: OpFacts) -> None:
+        self.function = function
+        names = list(inspect.signature(function).parameters)[1:]
+        self.places = tuple(_place(name, known) for name in names)
+        # The hot path of unary ops knows these three by name.
+        self.simple = {
+            (): "none",
+            (("out",),): "out",
+            (("operand", 0),): "x",
+        }.get(self.places)
+
+    def collect(self, known: OpFacts, out: Any, operands: Any, args: Any, kwargs: Any) -> list[Any]:
+        """What the function needs, taken from the values of one call."""
+        found: list[Any] = []
+        for place in self.places:
+            match place:
+                case ("out",):
+                    found.append(out)
+                case ("operand", i):
+                    found.append(operands[i])
+                case ("shape", i):
+                    found.append(operands[i].shape)
+                case ("dtype", i):
+                    found.append(operands[i].dtype)
+                case (_, name):
+                    found.append(argument(known, name, args, kwargs))
+        return found
+
+
+def _place(name: str, known: OpFacts) -> tuple[Any, ...]:
+    if name == "out":
+        return ("out",)
+    if name in _OPERANDS:
+        return ("operand", _OPERANDS.index(name))
+    letter, _, fact = name.partition("_")
+    if letter in _OPERANDS and fact in ("shape", "dtype"):
+        return (fact, _OPERANDS.index(letter))
+    if name not in known.arg_names:
+        raise RuleError(
+            f"a derivative of {known.name} names {name!r}, which is no argument of the op; "
+            f"its arguments are {', '.join(known.arg_names)}"
+        )
+    return ("arg", name)
+
+
+_DEFAULTS: dict[int, dict[str, Any]] = {}
+
+
+def argument(known: OpFacts, name: str, args: Any, kwargs: Any) -> Any:
+    """The value of a non-tensor argument in one call, or the schema's default."""
+    if name in kwargs:
+        return kwargs[name]
+    if name in known.positional:
+        position = known.positional.index(name)
+        if position < len(args):
+            return args[position]
+    defaults = _DEFAULTS.get(id(known.op))
+    if defaults is None:
+        defaults = _DEFAULTS[id(known.op)] = {
+            a.name: a.default_value for a in known.op._schema.arguments if a.has_default_value()
+        }
+    return defaults[name]
+
+
+class Pointwise:
+    """An elementwise op: per tensor operand a product, or None where there is no derivative."""
+
+    def __init__(self, op: Any, products: tuple[Callable[..., Any] | None, ...]) -> None:
+        self.known = facts(op)
+        self.products = tuple(p and Needed(p, self.known) for p in products)
+
+
+class Linear:
+    """An op linear in its first operand, the only one that is differentiable."""
+
+    def __init__(self, op: Any, transpose: Callable[..., Any]) -> None:
+        self.known = facts(op)
+        self.transpose = Needed(transpose, self.known)
+
+
+class Multilinear:
+    """An op linear in each of its tensor operands, the others held fixed."""
+
+    def __init__(self, op: Any, transposes: tuple[Callable[..., Any], ...]) -> None:
+        self.known = facts(op)
+        self.transposes = tuple(Needed(t, self.known) for t in transposes)
+
+
+class Constant:
+    """An op without derivative: its outputs are constants at every level."""
+
+    def __init__(self, op: Any) -> None:
+        self.known = facts(op)
+
+
+def _declare(op: Any, declaration: Any, first: Any) -> None:
+    # Messages about a second declaration name the module of the first.
+    declaration.__module__ = getattr(first, "__module__", __name__)
+    declaration.__qualname__ = f"{type(declaration).__name__}({op})"
+    REVERSE.register(op, declaration, state="family")
+    FORWARD.register(op, declaration, state="family")
+
+
+def pointwise(op: Any, *products: Callable[..., Any] | None) -> None:
+    """Declare an elementwise op by one product per tensor operand (see the module)."""
+    _declare(op, Pointwise(op, products), next((p for p in products if p), None))
+
+
+def linear(op: Any, transpose: Callable[..., Any]) -> None:
+    """Declare an op linear in its first operand by its transpose `(ct, ...)`."""
+    _declare(op, Linear(op, transpose), transpose)
+
+
+def multilinear(op: Any, *transposes: Callable[..., Any]) -> None:
+    """Declare an op linear in each operand by the transposes `(ct, ...)` in each."""
+    _declare(op, Multilinear(op, transposes), transposes[0])
+
+
+def constant(*ops: Any) -> None:
+    """Declare ops whose outputs do not depend differentiably on anything."""
+    for op in ops:
+        _declare(op, Constant(op), None)
+
+
+def vjp_rule(*ops: Any) -> Callable[[Any], Any]:
+    """Register the decorated function as the reverse-mode rule of the given overloads.
+
+    It is called as `rule(needs, *args, **kwargs)` with values of the level below and returns
+    `(out, residuals, pullback)`. `needs` has one bool per tensor operand in schema order, lists of
+    tensors flattened; the pullback `(residuals, needs, *cotangents)` returns one entry per operand,
+    None where nothing is needed or the cotangent is zero.
+    """
+
+    def register(rule: Any) -> Any:
+        for op in ops:
+            REVERSE.register(op, rule)
+        return rule
+
+    return register
+
+
+def jvp_rule(*ops: Any) -> Callable[[Any], Any]:
+    """Register the decorated function as the forward-mode rule of the given overloads.
+
+    It is called as `rule(tangents, *args, **kwargs)`, with one tangent or None (zero) per tensor
+    operand in schema order, lists flattened, and returns `(out, out_t)`.
+    """
+
+    def register(rule: Any) -> Any:
+        for op in ops:
+            FORWARD.register(op, rule)
+        return rule
+
+    return register
+
+
+def unbroadcast(ct: Any, shape: Any) -> Any:
+    """Sum a cotangent over the dims that broadcasting added or stretched."""
+    if ct.shape == shape:
+        return ct
+    extra = ct.dim() - len(shape)
+    dims = list(range(extra))
+    dims += [i + extra for i, size in enumerate(shape) if size == 1 and ct.shape[i + extra] != 1]
+    ct = ct.sum(dims, keepdim=True) if dims else ct
+    return ct.reshape(shape) if extra else ct

@@ -1,0 +1,269 @@
+"""Forward mode: the interpreter of `jvp`, and how each kind of declaration pushes tangents."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from lamina.autodiff import rules as _rules
+from lamina.autodiff.borrowed import borrowed_jvp
+from lamina.autodiff.declare import FORWARD, REVERSE, Constant, Linear, Multilinear, Pointwise
+from lamina.autodiff.operands import (
+    Split,
+    constant_outputs,
+    decompose_handler,
+    pass_through,
+    split,
+)
+from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
+from lamina.autodiff.tape import backward
+from lamina.autodiff.wrappers import DualTensor, dual
+from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.dispatch import needs_guard, watched
+from lamina_core.interpreter import Interpreter, run_at
+from lamina_core.schema import OpFacts, facts
+from lamina_core.wrapper import LevelTensor
+
+__all__ = ["ForwardInterpreter", "state_of"]
+
+_CLASSES = LevelTensor.classes
+Tensor = torch.Tensor
+_is_grad_enabled = torch.is_grad_enabled
+_rules.load()
+
+
+class ForwardInterpreter(Interpreter):
+    """One active forward-mode level."""
+
+    wrapper = DualTensor
+    handlers: ClassVar[dict[int, Any]] = {}
+
+    def __str__(self) -> str:
+        """The transform as the user wrote it."""
+        return "jvp"
+
+    # HOT: every op of user code inside jvp comes through here.
+    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one op on primals and tangents."""
+        handler = self.handlers.get(id(op))
+        if handler is None:
+            handler = self.handlers[id(op)] = _resolve(op)
+        if self.mutated:
+            refresh_all(self, args, kwargs)
+        if self.watch:
+            return watched(self, handler, op, args, kwargs)
+        return handler(self, op, args, kwargs)
+
+    def lift(self, value: Any, tangent: Any) -> DualTensor:
+        """Wrap an argument with its tangent."""
+        for item in (value, tangent):
+            if item is not None and type(item) not in _CLASSES and needs_guard(item):
+                self.watch = True
+        out = dual(self, value, tangent)
+        out.is_input = True
+        return out
+
+    def constant(self, value: Any) -> DualTensor:
+        """Wrap a value whose tangent is zero."""
+        if type(value) not in _CLASSES and needs_guard(value):
+            self.watch = True
+        return dual(self, value, None)
+
+    def is_constant(self, wrapper: Any) -> bool:
+        """Whether the tangent of a wrapper is zero."""
+        return wrapper.tangent is None
+
+    def rebind(self, target: Any, new: Any) -> None:
+        """Stand for another primal and tangent from now on."""
+        target.value, target.tangent = new.value, new.tangent
+
+
+def state_of(op: Any) -> str:
+    """Which of the five states of `lamina_core.rules.STATES` an op is in under forward mode."""
+    known = facts(op)
+    rule = FORWARD.lookup(op)
+    if rule is not None:
+        return rule.state
+    if known.mutated:
+        counterpart = known.functional()
+        return "missing" if counterpart is None else state_of(counterpart)
+    if known.is_composite and REVERSE.lookup(op) is None:
+        return "decomposed"
+    return "generic"
+
+
+def _resolve(op: Any) -> Any:
+    known = facts(op)
+    rule = FORWARD.lookup(op)
+    if rule is None:
+        if known.mutated:
+            return mutate
+        if known.is_composite:
+            return decompose_handler(op.decompose)
+        return _rule_handler(known, _generic_rule(known))
+    declaration = rule.function
+    if isinstance(declaration, Pointwise):
+        return _rule_handler(known, _pointwise_rule(declaration))
+    if isinstance(declaration, Linear):
+        return _rule_handler(known, _linear_rule(declaration))
+    if isinstance(declaration, Multilinear):
+        return _rule_handler(known, _multilinear_rule(declaration))
+    if isinstance(declaration, Constant):
+        return _rule_handler(known, None)
+
+    def by_hand(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
+        return declaration(tangents, *args, **kwargs)
+
+    return _rule_handler(known, by_hand)
+
+
+def _rule_handler(known: OpFacts, rule: Any) -> Any:
+    """The handler of a rule `(interpreter, tangents, args, kwargs)`; None for constant outputs."""
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        cut = split(interpreter, known, args, kwargs)
+        out = pass_through(interpreter, handle, op, args, kwargs, cut)
+        if out is not NotImplemented:
+            return out
+        tangents = _tangents_of(interpreter, cut)
+        if rule is None or tangents is None:
+            out = constant_outputs(interpreter, known, args, cut)
+        else:
+            value, tangent = rule(interpreter, tangents, cut.args, cut.kwargs)
+            if isinstance(value, Tensor) and cut.args and value is cut.args[0]:
+                return args[0]
+            out = _wrap(interpreter, known, value, tangent)
+        if known.is_view and interpreter.is_own(args[0]):
+            return record_views(out, op, args, kwargs)
+        return out
+
+    return handle
+
+
+def _tangents_of(interpreter: Any, cut: Split) -> tuple[Any, ...] | None:
+    """One tangent or None per operand; None altogether if all are zero or ops are not followed."""
+    if not (interpreter.grad_enabled and _is_grad_enabled()):
+        return None
+    tangents = tuple(
+        [
+            o.tangent if type(o) is DualTensor and o.interpreter is interpreter else None
+            for o in cut.operands
+        ]
+    )
+    return tangents if any(t is not None for t in tangents) else None
+
+
+def _wrap(interpreter: Any, known: OpFacts, value: Any, tangent: Any) -> Any:
+    if isinstance(value, Tensor):
+        if tangent is not None and not (value.is_floating_point() or value.is_complex()):
+            tangent = None
+        return dual(interpreter, value, tangent)
+    if isinstance(value, (tuple, list)):
+        tangents = tangent if isinstance(tangent, (tuple, list)) else [None] * len(value)
+        items = [_wrap(interpreter, known, v, t) for v, t in zip(value, tangents, strict=True)]
+        return items if known.returns == ("list",) else tuple(items)
+    return value
+
+
+# -- declarations ----------------------------------------------------------------------------------
+
+
+def _as_output(tangent: Any, out: Any) -> Any:
+    """A tangent in the shape and dtype of its primal."""
+    if tangent.dtype is not out.dtype:
+        if tangent.is_complex() and not out.is_complex():
+            tangent = tangent.real
+        tangent = tangent.to(out.dtype)
+    return tangent if tangent.shape == out.shape else tangent.expand(out.shape)
+
+
+def _pointwise_rule(declared: Pointwise) -> Any:
+    known, products = declared.known, declared.products
+
+    def rule(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
+        out = known.call(*args, **kwargs)
+        operands = [args[p] if p < len(args) else None for p in known.tensor_args]
+        total = None
+        for i, tangent in enumerate(tangents):
+            product = products[i] if i < len(products) else None
+            if tangent is None or product is None:
+                continue
+            term = product.function(tangent, *product.collect(known, out, operands, args, kwargs))
+            total = term if total is None else total + term
+        return out, None if total is None else _as_output(total, out)
+
+    return rule
+
+
+def _linear_rule(declared: Linear) -> Any:
+    known = declared.known
+
+    def rule(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
+        out = known.call(*args, **kwargs)
+        return out, None if tangents[0] is None else known.call(tangents[0], *args[1:], **kwargs)
+
+    return rule
+
+
+def _multilinear_rule(declared: Multilinear) -> Any:
+    known = declared.known
+
+    def rule(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
+        out = known.call(*args, **kwargs)
+        total = None
+        for position, tangent in zip(known.tensor_args, tangents, strict=True):
+            if tangent is not None:
+                swapped = list(args)
+                swapped[position] = tangent
+                term = known.call(*swapped, **kwargs)
+                total = term if total is None else total + term
+        return out, total
+
+    return rule
+
+
+# -- ops without a forward rule --------------------------------------------------------------------
+
+
+def _generic_rule(known: OpFacts) -> Any:
+    """PyTorch's forward formula where it has one, else the transpose of the pullback."""
+
+    def rule(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
+        if REVERSE.lookup(known.op) is None:
+            found = borrowed_jvp(interpreter, known, tangents, args, kwargs)
+            if found is not None:
+                return found
+        return _by_two_vjps(interpreter, known, tangents, args, kwargs)
+
+    return rule
+
+
+def _by_two_vjps(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwargs: Any) -> Any:
+    """J t as the transpose of ct -> J^T ct, which is linear: pull t back through the pullback."""
+    needs = tuple(tangent is not None for tangent in tangents)
+    out, residuals, pullback = apply_vjp(
+        interpreter, known, rule_function(known.op), needs, args, kwargs
+    )
+    if pullback is None:
+        return out, None
+    single = isinstance(out, Tensor)
+    outs = [out] if single else list(out)
+    with run_at(interpreter.below), ReverseInterpreter("jvp by two vjps") as inner:
+        cts = [
+            inner.leaf(torch.zeros_like(o))
+            if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
+            else None
+            for o in outs
+        ]
+        pulled = pullback(residuals, needs, *cts)
+    positions, seeds = [], []
+    for x_ct, tangent in zip(pulled, tangents, strict=True):
+        if tangent is not None and x_ct is not None and inner.is_own(x_ct):
+            positions.append((x_ct.node, x_ct.index) if x_ct.node is not None else None)
+            seeds.append(tangent)
+    leaves = [ct.node for ct in cts if ct is not None]
+    with run_at(interpreter.below):
+        found = iter(backward(positions, seeds, leaves, release=True))
+    out_t = [None if ct is None else next(found) for ct in cts]
+    return (out, out_t[0]) if single else (outs, out_t)

@@ -1,0 +1,97 @@
+"""`LeafTensor`: a value dressed up so that C++ autograd records what is done to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina_core.dispatch import lower, map_tensors
+from lamina_core.interpreter import BELOW_AUTOGRAD
+from lamina_core.schema import facts
+from lamina_core.wrapper import make_wrapper
+
+__all__ = ["Home", "LeafTensor", "unbox"]
+
+_C = torch._C
+_OPEN_INCLUDE = _C._dispatch_tls_local_include_set()
+
+
+class LeafTensor(torch.Tensor):
+    """A value that C++ autograd takes for a tensor of its own."""
+
+    value: Any
+    home: Home
+
+    __torch_function__ = _C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Lower one op of the formula to the values."""
+        kwargs = kwargs or {}
+        home = find_home(args, kwargs)
+        return home.lower(func, args, kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Name the value; only seen while debugging a formula."""
+        return f"LeafTensor({self.value!r})"
+
+
+def find_home(args: Any, kwargs: Any) -> Home:
+    for arg in (*args, *kwargs.values()):
+        if type(arg) is LeafTensor:
+            return arg.home
+        if isinstance(arg, (list, tuple)):
+            for item in arg:
+                if type(item) is LeafTensor:
+                    return item.home
+    raise AssertionError("an op of a borrowed formula without a leaf")
+
+
+class Home:
+    """The dispatch-key states of one borrowed call: that of rule code, and one with autograd on."""
+
+    __slots__ = ("exclude", "include", "interpreter", "open_exclude", "open_include")
+
+    def __init__(self, interpreter: Any) -> None:
+        self.interpreter = interpreter
+        self.include = _C._dispatch_tls_local_include_set()
+        self.exclude = _C._dispatch_tls_local_exclude_set()
+        self.open_include = self.include | _OPEN_INCLUDE
+        self.open_exclude = self.exclude - BELOW_AUTOGRAD
+
+    def wrap(self, value: Any, *, requires_grad: bool = False) -> Any:
+        out: Any = make_wrapper(
+            LeafTensor,
+            value.shape,
+            value.stride(),
+            dtype=value.dtype,
+            device=value.device,
+            requires_grad=requires_grad,
+        )
+        out.value = value
+        out.home = self
+        return out
+
+    def wrap_all(self, arg: Any) -> Any:
+        return map_tensors(self.wrap, arg)
+
+    def lower(self, op: Any, args: Any, kwargs: Any) -> Any:
+        with _C._ForceDispatchKeyGuard(self.include, self.exclude):
+            values = tuple([map_tensors(unbox, arg) for arg in args])
+            inner = {key: map_tensors(unbox, value) for key, value in kwargs.items()}
+            known = facts(op)
+            if known.is_random:
+                out = lower(self.interpreter, op, values, inner)
+            else:
+                out = op(*values, **inner)
+            if known.mutated:
+                return args[0]
+            return self.wrap_all(out)
+
+    def open(self) -> Any:
+        return _C._ForceDispatchKeyGuard(self.open_include, self.open_exclude)
+
+
+def unbox(tensor: Any) -> Any:
+    return tensor.value if type(tensor) is LeafTensor else tensor

@@ -1,0 +1,390 @@
+"""Reverse mode: the interpreter of `vjp` and `grad`, and how each kind of declaration is recorded."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from lamina.autodiff import rules as _rules
+from lamina.autodiff.borrowed import borrowed_vjp
+from lamina.autodiff.declare import (
+    REVERSE,
+    Constant,
+    Linear,
+    Multilinear,
+    Pointwise,
+    unbroadcast,
+)
+from lamina.autodiff.operands import (
+    Split,
+    constant_outputs,
+    decompose_handler,
+    pass_through,
+    split,
+)
+from lamina.autodiff.tape import Node
+from lamina.autodiff.wrappers import TrackedTensor, track
+from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.dispatch import needs_guard, watched
+from lamina_core.interpreter import Interpreter
+from lamina_core.schema import OpFacts, facts
+from lamina_core.wrapper import LevelTensor
+
+__all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]
+
+_CLASSES = LevelTensor.classes
+Tensor = torch.Tensor
+_is_grad_enabled = torch.is_grad_enabled
+_rules.load()
+
+
+class ReverseInterpreter(Interpreter):
+    """One active reverse-mode level."""
+
+    wrapper = TrackedTensor
+    keeps_values = True
+    handlers: ClassVar[dict[int, Any]] = {}
+
+    def __init__(self, name: str = "vjp") -> None:
+        super().__init__()
+        self.name = name
+
+    def __str__(self) -> str:
+        """The transform as the user wrote it."""
+        return self.name
+
+    # HOT: every op of user code inside grad comes through here.
+    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one op and put it on the tape."""
+        handler = self.handlers.get(id(op))
+        if handler is None:
+            handler = self.handlers[id(op)] = _resolve(op)
+        if self.mutated:
+            refresh_all(self, args, kwargs)
+        if self.watch:
+            return watched(self, handler, op, args, kwargs)
+        return handler(self, op, args, kwargs)
+
+    def leaf(self, value: Any) -> TrackedTensor:
+        """Wrap an argument that is differentiated with respect to."""
+        self._look(value)
+        out = track(self, value, Node("input", None, (), (), ()))
+        out.is_input = True
+        return out
+
+    def constant(self, value: Any) -> TrackedTensor:
+        """Wrap a value that does not depend on the differentiated arguments."""
+        self._look(value)
+        return track(self, value, None)
+
+    def _look(self, value: Any) -> None:
+        if type(value) not in _CLASSES and needs_guard(value):
+            self.watch = True
+
+    def is_constant(self, wrapper: Any) -> bool:
+        """Whether a wrapper has no place on the tape."""
+        return wrapper.node is None
+
+    def rebind(self, target: Any, new: Any) -> None:
+        """Stand for another value from now on."""
+        target.value, target.node, target.index = new.value, new.node, new.index
+
+    def tracking(self) -> bool:
+        """Whether ops are recorded: not so under `torch.no_grad()`."""
+        return self.grad_enabled and _is_grad_enabled()
+
+
+# -- finding the handler of an op ------------------------------------------------------------------
+
+
+def state_of(op: Any) -> str:
+    """Which of the five states of `lamina_core.rules.STATES` an op is in under reverse mode."""
+    known = facts(op)
+    rule = REVERSE.lookup(op)
+    if rule is not None:
+        return rule.state
+    if known.mutated:
+        counterpart = known.functional()
+        return "missing" if counterpart is None else state_of(counterpart)
+    return "decomposed" if known.is_composite else "generic"
+
+
+def _resolve(op: Any) -> Any:
+    known = facts(op)
+    rule = REVERSE.lookup(op)
+    if rule is None:
+        if known.mutated:
+            return mutate
+        if known.is_composite:
+            return decompose_handler(op.decompose)
+        return _rule_handler(known, None)
+    if isinstance(rule.function, Pointwise):
+        return _pointwise_handler(known, rule.function)
+    if isinstance(rule.function, Constant):
+        return _constant_handler(known)
+    return _rule_handler(known, rule_function(op))
+
+
+def rule_function(op: Any) -> Any:
+    """The rule `(needs, *args, **kwargs)` of an op, made from its declaration; None if borrowed."""
+    rule = REVERSE.lookup(op)
+    if rule is None:
+        return None
+    match rule.function:
+        case Pointwise() as declared:
+            return _pointwise_rule(declared)
+        case Linear() as declared:
+            return _linear_rule(declared)
+        case Multilinear() as declared:
+            return _multilinear_rule(declared)
+        case by_hand:
+            return by_hand
+
+
+def _constant_handler(known: OpFacts) -> Any:
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        cut = split(interpreter, known, args, kwargs)
+        out = pass_through(interpreter, handle, op, args, kwargs, cut)
+        if out is NotImplemented:
+            out = constant_outputs(interpreter, known, args, cut)
+        return out
+
+    return handle
+
+
+def _rule_handler(known: OpFacts, rule: Any) -> Any:
+    """The handler of a rule `(needs, *args, **kwargs)`; None stands for the borrowed derivative."""
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        cut = split(interpreter, known, args, kwargs)
+        out = pass_through(interpreter, handle, op, args, kwargs, cut)
+        if out is not NotImplemented:
+            return out
+        positions = positions_of(interpreter, cut)
+        if not any(positions) or not interpreter.tracking():
+            out = constant_outputs(interpreter, known, args, cut)
+        else:
+            out = record(interpreter, known, rule, cut, positions)
+            if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
+                return args[0]
+        if known.is_view and interpreter.is_own(args[0]):
+            return record_views(out, op, args, kwargs)
+        return out
+
+    return handle
+
+
+def positions_of(interpreter: Any, cut: Split) -> tuple[tuple[Node, int] | None, ...]:
+    """The tape position of each operand; None for constants."""
+    wrapper = TrackedTensor
+    return tuple(
+        [
+            (o.node, o.index)
+            if type(o) is wrapper and o.interpreter is interpreter and o.node is not None
+            else None
+            for o in cut.operands
+        ]
+    )
+
+
+def apply_vjp(
+    interpreter: Any, known: OpFacts, rule: Any, needs: tuple[bool, ...], args: Any, kwargs: Any
+) -> Any:
+    """Run a rule on values: `(out, residuals, pullback)`; pullback None if nothing is differentiable."""
+    if rule is None:
+        return borrowed_vjp(interpreter, known, needs, args, kwargs)
+    return rule(needs, *args, **kwargs)
+
+
+def record(interpreter: Any, known: OpFacts, rule: Any, cut: Split, positions: Any) -> Any:
+    """Run a rule and put its node on the tape."""
+    needs = tuple([position is not None for position in positions])
+    out, residuals, pullback = apply_vjp(interpreter, known, rule, needs, cut.args, cut.kwargs)
+    if isinstance(out, Tensor):
+        if pullback is None or not (out.is_floating_point() or out.is_complex()):
+            return track(interpreter, out, None)
+        node = Node(known.name, pullback, residuals, needs, positions)
+        return track(interpreter, out, node)
+    outs = list(out)
+    node = None
+    if pullback is not None:
+        node = Node(known.name, pullback, residuals, needs, positions, len(outs))
+    wrapped = [
+        (
+            track(interpreter, o, node if o.is_floating_point() or o.is_complex() else None, i)
+            if isinstance(o, Tensor)
+            else o
+        )
+        for i, o in enumerate(outs)
+    ]
+    return wrapped if known.returns == ("list",) else tuple(wrapped)
+
+
+# -- declarations ----------------------------------------------------------------------------------
+
+
+def _real_part_for(ct: Any, dtype: Any) -> Any:
+    """A cotangent in the dtype of its primal: the real part where that is real."""
+    if ct.dtype is dtype:
+        return ct
+    if ct.is_complex() and not dtype.is_complex:
+        ct = ct.real
+    return ct if ct.dtype is dtype else ct.to(dtype)
+
+
+def _product(function: Any, ct: Any, saved: Any) -> Any:
+    """Pull a cotangent back through an elementwise product (NOTE in `declare`)."""
+    if ct.is_complex() or any(isinstance(s, Tensor) and s.is_complex() for s in saved):
+        return function(ct.conj(), *saved).conj()
+    return function(ct, *saved)
+
+
+def _pointwise_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    """Residuals: `plan` (per operand: product, places in `saved`, shape, dtype), then `saved`."""
+    plan, *saved = residuals
+    cts = []
+    for entry in plan:
+        if entry is None or ct is None:
+            cts.append(None)
+            continue
+        function, places, shape, dtype = entry
+        x_ct = _product(function, ct, [saved[p] for p in places])
+        cts.append(_real_part_for(unbroadcast(x_ct, shape), dtype))
+    return cts
+
+
+def _unary_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    """The usual case: one real operand of the output's dtype, at most one residual."""
+    function, *saved = residuals
+    return (function(ct, *saved),)
+
+
+def _pointwise_rule(declared: Pointwise) -> Any:
+    known, products, call = declared.known, declared.products, declared.known.call
+
+    def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        operands = [args[p] if p < len(args) else None for p in known.tensor_args]
+        saved: list[Any] = []
+        plan: list[Any] = []
+        for i, operand in enumerate(operands):
+            product = products[i] if i < len(products) else None
+            if not needs[i] or product is None:
+                plan.append(None)
+                continue
+            places = []
+            for item in product.collect(known, out, operands, args, kwargs):
+                at = next((j for j, s in enumerate(saved) if s is item), len(saved))
+                if at == len(saved):
+                    saved.append(item)
+                places.append(at)
+            plan.append((product.function, places, operand.shape, operand.dtype))
+        if all(entry is None for entry in plan):
+            return out, (), None
+        return out, (plan, *saved), _pointwise_pullback
+
+    return rule
+
+
+def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
+    products = declared.products
+    unary = len(known.tensor_args) == 1 and known.tensor_args[0] == 0 and products[0] is not None
+    call = known.call
+    name = known.name
+    only = products[0]
+    simple = only.simple if unary and only is not None else None
+    function = only.function if only is not None else None
+    rule = _pointwise_rule(declared)
+
+    def slow(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        cut = split(interpreter, known, args, kwargs)
+        out = pass_through(interpreter, handle, op, args, kwargs, cut)
+        if out is not NotImplemented:
+            return out
+        positions = positions_of(interpreter, cut)
+        if not any(positions) or not interpreter.tracking():
+            return constant_outputs(interpreter, known, args, cut)
+        return record(interpreter, known, rule, cut, positions)
+
+    def unary_handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: one operand, and its derivative needs the operand, the result, or neither.
+        x = args[0]
+        if type(x) is TrackedTensor and x.interpreter is interpreter and x.node is not None:
+            value = x.value
+            out = call(value, *args[1:], **kwargs)
+            dtype = out.dtype
+            if (
+                dtype is value.dtype
+                and dtype.is_floating_point
+                and interpreter.grad_enabled
+                and _is_grad_enabled()
+            ):
+                if simple == "x":
+                    residuals = (function, value)
+                elif simple == "out":
+                    residuals = (function, out)
+                else:
+                    residuals = (function,)
+                node = Node(name, _unary_pullback, residuals, _ONE, ((x.node, x.index),))
+                return track(interpreter, out, node)
+        return slow(interpreter, op, args, kwargs)
+
+    handle = unary_handle if simple is not None else slow
+    return handle
+
+
+_ONE = (True,)
+
+
+def _linear_rule(declared: Linear) -> Any:
+    known, transpose = declared.known, declared.transpose
+    count = len(known.tensor_args)
+
+    def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
+        out = known.call(*args, **kwargs)
+        x = args[0]
+        if not needs[0]:
+            return out, (), None
+        saved = transpose.collect(known, out, [x], args, kwargs)
+        return out, (transpose.function, count, x.dtype, *saved), _linear_pullback
+
+    return rule
+
+
+def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    function, count, dtype, *saved = residuals
+    x_ct = None if ct is None else _real_part_for(function(ct, *saved), dtype)
+    return (x_ct, *[None] * (count - 1))
+
+
+def _multilinear_rule(declared: Multilinear) -> Any:
+    known, transposes = declared.known, declared.transposes
+
+    def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
+        out = known.call(*args, **kwargs)
+        operands = [args[p] for p in known.tensor_args]
+        plan = []
+        saved: list[Any] = []
+        for i, transpose in enumerate(transposes):
+            if not needs[i]:
+                plan.append(None)
+                continue
+            found = transpose.collect(known, out, operands, args, kwargs)
+            plan.append((transpose.function, len(saved), len(found), operands[i].dtype))
+            saved.extend(found)
+        return out, (plan, *saved), _multilinear_pullback
+
+    return rule
+
+
+def _multilinear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    plan, *saved = residuals
+    if ct is None:
+        return [None] * len(plan)
+    return [
+        None
+        if entry is None
+        else _real_part_for(entry[0](ct, *saved[entry[1] : entry[1] + entry[2]]), entry[3])
+        for entry in plan
+    ]

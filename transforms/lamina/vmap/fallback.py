@@ -1,0 +1,75 @@
+"""The last resort: run an op once per example and stack the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina_core.errors import DataDependentError
+
+__all__ = ["loop_over_examples"]
+
+Tensor = torch.Tensor
+
+
+def loop_over_examples(
+    interpreter: Any,
+    op: Any,
+    values: list[Any],
+    dims: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kwarg_dims: dict[str, int | None],
+) -> tuple[Any, Any]:
+    """Run `op` on each example; the batch dim of every output is 0.
+
+    With no examples the op runs once on zeros, to learn the shapes of its outputs.
+    """
+    size = interpreter.batch_size
+
+    def example(index: int) -> Any:
+        args = [_take(value, dim, index, size) for value, dim in zip(values, dims, strict=True)]
+        inner = {k: _take(v, kwarg_dims.get(k), index, size) for k, v in kwargs.items()}
+        return op(*args, **inner)
+
+    outs = [example(index) for index in range(size or 1)]
+    return _stack(interpreter, op, outs, size)
+
+
+def _take(value: Any, dim: Any, index: int, size: int) -> Any:
+    if isinstance(dim, list):
+        return [_take(v, d, index, size) for v, d in zip(value, dim, strict=True)]
+    if dim is None:
+        return value
+    if not size:
+        shape = list(value.shape)
+        del shape[dim]
+        return value.new_zeros(shape)
+    return value.select(dim, index)
+
+
+def _stack(interpreter: Any, op: Any, outs: list[Any], size: int) -> tuple[Any, Any]:
+    first = outs[0]
+    if isinstance(first, Tensor):
+        if any(out.shape != first.shape for out in outs):
+            raise interpreter.error(
+                DataDependentError,
+                f"{op} gives examples outputs of different shapes",
+                f"shapes: {', '.join(str(list(out.shape)) for out in outs[:4])}",
+                "to fix: use an op whose output shape does not depend on values",
+            )
+        return (torch.stack(outs) if size else first.new_empty((0, *first.shape))), 0
+    if isinstance(first, (tuple, list)):
+        columns = [
+            _stack(interpreter, op, [out[i] for out in outs], size) for i in range(len(first))
+        ]
+        return type(first)(c[0] for c in columns) if type(first) is list else tuple(
+            c[0] for c in columns
+        ), [c[1] for c in columns]
+    if any(out != first for out in outs):
+        raise interpreter.error(
+            DataDependentError,
+            f"{op} gives examples different Python values, such as {outs[:4]}",
+            "to fix: use an op that returns a tensor",
+        )
+    return first, None

@@ -1,0 +1,376 @@
+"""How an op is batched: by rule, family, decomposition or loop. `resolve` picks, once per op.
+
+A handler has the signature `(interpreter, op, args, kwargs)`. It finds its own wrappers among the
+arguments, calls the rule on their values and wraps what comes back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lamina.vmap.batched import BatchedTensor, wrap
+from lamina.vmap.dims import pad_rank
+from lamina.vmap.fallback import loop_over_examples
+from lamina.vmap.randomness import batch_random
+from lamina.vmap.table import RULES, Info
+from lamina.vmap.writes import in_place_handler
+from lamina_core.alias import record_views
+from lamina_core.config import config
+from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, tensors_in, watched
+from lamina_core.errors import DataDependentError, MissingRuleError, RuleError, message
+from lamina_core.interpreter import run_at
+from lamina_core.rules import Rule
+from lamina_core.schema import OpFacts, facts
+from lamina_core.wrapper import LevelTensor
+
+__all__ = ["Handler", "resolve", "state_of"]
+
+Handler = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+_CLASSES = LevelTensor.classes
+Tensor = torch.Tensor
+
+
+def state_of(op: Any) -> str:
+    """Which of the five states of `lamina_core.rules.STATES` an op is in under vmap."""
+    known = facts(op)
+    rule = RULES.lookup(op)
+    if rule is not None:
+        return rule.state
+    if known.is_random or (known.is_pointwise and _is_plain_pointwise(known)):
+        return "family"
+    if known.mutated:
+        counterpart = known.functional()
+        return "missing" if counterpart is None else state_of(counterpart)
+    if known.is_composite or _decomposition(op) is not None:
+        return "decomposed"
+    return "generic"
+
+
+def _decomposition(op: Any) -> Any:
+    """PyTorch's decomposition into other ATen ops; those into its primitives lead nowhere here."""
+    found = torch._decomp.decomposition_table.get(op)
+    return None if found is None or found.__module__.startswith("torch._refs") else found
+
+
+def _is_plain_pointwise(known: OpFacts) -> bool:
+    return bool(known.tensor_args) and not known.list_args and not known.tensor_kwargs
+
+
+def resolve(op: Any) -> Handler:
+    known = facts(op)
+    rule = RULES.lookup(op)
+    if rule is not None:
+        return _rule_handler(rule, known)
+    if known.mutated:
+        return in_place_handler(known)
+    if known.is_random:
+        return _random_handler(known)
+    if known.is_pointwise and _is_plain_pointwise(known):
+        return _unary_handler(known) if len(known.tensor_args) == 1 else _nary_handler(known)
+    if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
+        return _data_dependent_handler(known)
+    if known.is_composite:
+        return _decompose_handler(op.decompose)
+    decomposition = _decomposition(op)
+    if decomposition is not None:
+        return _decompose_handler(decomposition)
+    return _fallback_handler(known)
+
+
+def _unary_handler(known: OpFacts) -> Handler:
+    call = known.call
+    position = known.tensor_args[0]
+    if position:
+        return _nary_handler(known)
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        if type(x) is BatchedTensor and x.interpreter is interpreter:
+            return wrap(interpreter, call(x.value, *args[1:], **kwargs), x.bdim)
+        return _pass_down(interpreter, op, args, kwargs)
+
+    return handle
+
+
+def _nary_handler(known: OpFacts) -> Handler:
+    call = known.call
+    positions = known.tensor_args
+    first_two = positions[:2] == (0, 1)
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: two batched operands of one rank and dtype, or one and a Python number.
+        if first_two and len(args) == 2:
+            x, y = args
+            if type(x) is BatchedTensor and x.interpreter is interpreter:
+                if type(y) is BatchedTensor and y.interpreter is interpreter:
+                    x_value, y_value, bdim = x.value, y.value, x.bdim
+                    if (
+                        bdim is not None
+                        and bdim == y.bdim
+                        and x_value.dim() == y_value.dim()
+                        and x_value.dtype is y_value.dtype
+                    ):
+                        rank = x_value.dim()
+                        out = call(x_value, y_value, **kwargs)
+                        # Broadcasting keeps the rank, so the batch dim stays where it was.
+                        if out.dim() == rank:
+                            return wrap(interpreter, out, bdim)
+                elif not isinstance(y, Tensor) and y is not None:
+                    return wrap(interpreter, call(x.value, y, **kwargs), x.bdim)
+        values = list(args)
+        operands = []
+        rank = 0
+        for position in positions:
+            if position >= len(args):
+                break
+            arg = args[position]
+            if arg is None:
+                continue
+            if type(arg) is BatchedTensor and arg.interpreter is interpreter:
+                operands.append((position, arg.value, arg.bdim))
+            elif isinstance(arg, Tensor):
+                if type(arg) not in _CLASSES and not interpreter.watch and needs_guard(arg):
+                    interpreter.watch = True
+                    return watched(interpreter, handle, op, args, kwargs)
+                operands.append((position, arg, None))
+            else:
+                continue
+            rank = max(rank, arg.dim())
+        if all(bdim is None for _, _, bdim in operands):
+            return _pass_down(interpreter, op, args, kwargs)
+        promoted = _promote(args, operands)
+        for position, value, bdim in operands:
+            value = pad_rank(value, bdim, rank)
+            dtype = promoted.get(position)
+            values[position] = value if dtype is None else value.to(dtype)
+        return wrap(interpreter, call(*values, **kwargs), 0)
+
+    return handle
+
+
+def _promote(args: Any, operands: Any) -> dict[int, Any]:
+    """The dtypes to which batched logical 0-d operands must be cast.
+
+    A 0-d tensor yields to one with dims in type promotion; batched, it has a dim and would not.
+    """
+    numeric = [entry for entry in operands if entry[1].dtype is not torch.bool]
+    if len({value.dtype for _, value, _ in numeric}) < 2:
+        return {}
+    scalars = [
+        position for position, value, bdim in numeric if bdim is not None and value.dim() == 1
+    ]
+    if not scalars:
+        return {}
+    dtype = args[numeric[0][0]].dtype
+    with_dims = [args[position] for position, _, _ in numeric]
+    proxies = [torch.empty([0] * min(t.dim(), 1), dtype=t.dtype) for t in with_dims]
+    proxy = proxies[0]
+    for other in proxies[1:]:
+        dtype = torch.result_type(proxy, other)
+        rank = max(proxy.dim(), other.dim())
+        proxy = torch.empty([0] * rank, dtype=dtype)
+    return dict.fromkeys(scalars, dtype)
+
+
+def unwrap(interpreter: Any, known: OpFacts, args: Any, kwargs: Any) -> Any:
+    """Values and in_dims of the arguments; `batched` says whether any is, `own` likewise."""
+    values, dims = list(args), [None] * len(args)
+    batched = own = grads = False
+
+    def one(arg: Any) -> tuple[Any, int | None]:
+        nonlocal batched, own, grads
+        if type(arg) is BatchedTensor and arg.interpreter is interpreter:
+            own = True
+            if arg.bdim is not None:
+                batched = True
+            return arg.value, arg.bdim
+        if isinstance(arg, Tensor) and type(arg) not in _CLASSES and needs_guard(arg):
+            grads = True
+        return arg, None
+
+    for position in known.tensor_args:
+        if position < len(args):
+            values[position], dims[position] = one(args[position])
+    for position in known.list_args:
+        if position < len(args) and args[position] is not None:
+            pairs = [one(item) for item in args[position]]
+            values[position] = [value for value, _ in pairs]
+            dims[position] = [bdim for _, bdim in pairs]  # type: ignore[call-overload]
+    kwarg_dims = {}
+    if known.tensor_kwargs:
+        kwargs = dict(kwargs)
+        for name in known.tensor_kwargs:
+            if kwargs.get(name) is not None and isinstance(kwargs[name], Tensor):
+                kwargs[name], kwarg_dims[name] = one(kwargs[name])
+    return values, tuple(dims), kwargs, kwarg_dims, batched, own, grads
+
+
+def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
+    function = rule.function
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        values, dims, inner, kwarg_dims, batched, own, grads = unwrap(
+            interpreter, known, args, kwargs
+        )
+        if grads and not interpreter.watch:
+            interpreter.watch = True
+            return watched(interpreter, handle, op, args, kwargs)
+        if not batched:
+            return _pass_down(interpreter, op, args, kwargs, own)
+        info = interpreter.info
+        if kwarg_dims:
+            info = Info(interpreter, info.batch_size, info.randomness)
+            info.kwarg_dims = kwarg_dims
+        out, out_dims = function(info, dims, *values, **inner)
+        if config.debug:
+            _check(interpreter, rule, out, out_dims)
+        if isinstance(out, Tensor) and known.returns == ("tensor",):
+            # A rule that hands its operand through, as `contiguous` may, keeps the identity.
+            if values and out is values[0] and out_dims == dims[0]:
+                return args[0]
+            wrapped: Any = wrap(interpreter, out, out_dims)
+        else:
+            wrapped = interpreter.wrap_out(out, out_dims)
+        if known.is_view:
+            return record_views(wrapped, op, args, kwargs)
+        return wrapped
+
+    return handle
+
+
+def _check(interpreter: Any, rule: Rule, out: Any, out_dims: Any) -> None:
+    """What LAMINA_DEBUG=1 holds against every answer of a batching rule."""
+    outs = out if isinstance(out, (tuple, list)) else [out]
+    dims = out_dims if isinstance(out_dims, (tuple, list)) else [out_dims] * len(outs)
+    if len(outs) != len(dims):
+        raise interpreter.error(
+            RuleError, f"{rule.owner} gave {len(outs)} outputs and {len(dims)} out_dims"
+        )
+    for value, bdim in zip(outs, dims, strict=True):
+        if isinstance(value, (tuple, list)):
+            _check(interpreter, rule, value, bdim)
+        elif isinstance(value, Tensor) and bdim is not None:
+            size = value.shape[bdim] if 0 <= bdim < value.dim() else None
+            if size != interpreter.batch_size:
+                raise interpreter.error(
+                    RuleError,
+                    f"{rule.owner} gave an output of shape {list(value.shape)} with batch dim "
+                    f"{bdim}; the batch size is {interpreter.batch_size}",
+                )
+
+
+def _pass_down(interpreter: Any, op: Any, args: Any, kwargs: Any, own: bool | None = None) -> Any:
+    """An op without batched arguments: run it below; its result is the same for every example."""
+    if own is None:
+        own = any(interpreter.is_own(t) for t in tensors_in(args, kwargs))
+    if not own:
+        return pass_down(interpreter, op, args, kwargs)
+
+    def unbox(tensor: Any) -> Any:
+        return tensor.value if interpreter.is_own(tensor) else tensor
+
+    values = [map_tensors(unbox, arg) for arg in args]
+    inner = {key: map_tensors(unbox, value) for key, value in kwargs.items()}
+    out = lower(interpreter, op, tuple(values), inner)
+    if values and out is values[0]:
+        return args[0]
+    wrapped = map_tensors(interpreter.constant, out)
+    if facts(op).is_view and interpreter.is_own(args[0]):
+        return record_views(wrapped, op, args, kwargs)
+    return wrapped
+
+
+def _decompose_handler(decomposition: Any) -> Handler:
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        if not any(interpreter.is_own(t) for t in tensors_in(args, kwargs)):
+            return pass_down(interpreter, op, args, kwargs)
+        with run_at(interpreter):
+            return decomposition(*args, **kwargs)
+
+    return handle
+
+
+def _random_handler(known: OpFacts) -> Handler:
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        values, dims, inner, kwarg_dims, _, _, grads = unwrap(interpreter, known, args, kwargs)
+        if grads and not interpreter.watch:
+            interpreter.watch = True
+            return watched(interpreter, handle, op, args, kwargs)
+        decompose = known.is_composite and not known.mutated
+        if decompose:
+            with run_at(interpreter):
+                return op.decompose(*args, **kwargs)
+        out, out_dims = batch_random(interpreter, known, values, dims, inner)
+        return interpreter.wrap_out(out, out_dims)
+
+    return handle
+
+
+def _data_dependent_handler(known: OpFacts) -> Handler:
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        _, _, _, _, batched, own, _ = unwrap(interpreter, known, args, kwargs)
+        if not batched:
+            return _pass_down(interpreter, op, args, kwargs, own)
+        if torch.Tag.dynamic_output_shape in op.tags:
+            raise interpreter.error(
+                DataDependentError,
+                f"{known.name} would give each example an output of its own shape",
+                "to fix: use torch.where, a masked reduction or torch.nonzero_static, whose shapes "
+                "do not depend on values",
+            )
+        raise interpreter.error(
+            DataDependentError,
+            f"{known.name} needs one Python value, but there are {interpreter.batch_size}",
+            "it comes from .item(), float(), bool(), int() or an `if` on a batched tensor",
+            "to fix: use torch.where in place of an `if`, and tensor ops in place of .item()",
+        )
+
+    return handle
+
+
+_WARNED: set[str] = set()
+
+
+def _fallback_handler(known: OpFacts) -> Handler:
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        values, dims, inner, kwarg_dims, batched, own, grads = unwrap(
+            interpreter, known, args, kwargs
+        )
+        if grads and not interpreter.watch:
+            interpreter.watch = True
+            return watched(interpreter, handle, op, args, kwargs)
+        if not batched:
+            return _pass_down(interpreter, op, args, kwargs, own)
+        note_fallback(interpreter, known)
+        out, out_dims = loop_over_examples(interpreter, op, values, dims, inner, kwarg_dims)
+        return interpreter.wrap_out(out, out_dims)
+
+    return handle
+
+
+def note_fallback(interpreter: Any, known: OpFacts) -> None:
+    """Say once per op that it runs example by example, or refuse to."""
+    if config.fallback == "error":
+        raise interpreter.error(
+            MissingRuleError,
+            f"no batching rule for {known.name}",
+            "registered overloads of the same op: "
+            + (", ".join(RULES.siblings(known.op)) or "none"),
+            "to fix: add one in transforms/lamina/vmap/rules/ (see the README there), or set "
+            'lamina.config.fallback = "warn" to loop over the examples',
+        )
+    if config.fallback == "warn" and known.name not in _WARNED:
+        _WARNED.add(known.name)
+        warnings.warn(
+            message(
+                f"no batching rule for {known.name}: it runs example by example, which is slow",
+                interpreter.where(),
+                "to fix: add a rule (torch.library.register_vmap for an op of your own), or "
+                'silence this with lamina.config.fallback = "silent"',
+            ),
+            stacklevel=2,
+        )

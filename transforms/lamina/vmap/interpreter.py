@@ -1,0 +1,94 @@
+"""The interpreter of `vmap`: wraps what enters the level and finds the rule of each op."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from lamina.vmap import rules as _rules
+from lamina.vmap.batched import BatchedTensor, wrap
+from lamina.vmap.handlers import Handler, resolve
+from lamina.vmap.table import Info
+from lamina.vmap.writes import store
+from lamina_core.alias import refresh_all
+from lamina_core.dispatch import needs_guard, watched
+from lamina_core.interpreter import Interpreter
+from lamina_core.wrapper import LevelTensor
+
+__all__ = ["VmapInterpreter"]
+
+_CLASSES = LevelTensor.classes
+Tensor = torch.Tensor
+_rules.load()
+
+
+class VmapInterpreter(Interpreter):
+    """One active `vmap`."""
+
+    wrapper = BatchedTensor
+    handlers: ClassVar[dict[int, Handler]] = {}
+
+    def __init__(self, batch_size: int, randomness: str = "error") -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.randomness = randomness
+        self.info = Info(self, batch_size, randomness)
+
+    def __str__(self) -> str:
+        """The transform as the user wrote it."""
+        return f"vmap(batch_size={self.batch_size}, randomness={self.randomness!r})"
+
+    # HOT: every op of user code inside vmap comes through here (about 0.3 us of its 6).
+    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Batch one op."""
+        handler = self.handlers.get(id(op))
+        if handler is None:
+            handler = self.handlers[id(op)] = resolve(op)
+        if self.mutated:
+            refresh_all(self, args, kwargs)
+        if self.watch:
+            return watched(self, handler, op, args, kwargs)
+        return handler(self, op, args, kwargs)
+
+    def lift(self, value: Any, bdim: int | None) -> BatchedTensor:
+        """Wrap an argument of the mapped function."""
+        if type(value) not in _CLASSES and needs_guard(value):
+            self.watch = True
+        out = wrap(self, value, bdim)
+        out.is_input = True
+        return out
+
+    def constant(self, value: Any) -> BatchedTensor:
+        """Wrap a value that is the same for every example."""
+        if type(value) not in _CLASSES and needs_guard(value):
+            self.watch = True
+        return wrap(self, value, None)
+
+    def is_constant(self, wrapper: Any) -> bool:
+        """Whether a wrapper is not batched."""
+        return wrapper.bdim is None
+
+    def rebind(self, target: Any, new: Any) -> None:
+        """Stand for another value from now on."""
+        target.value, target.bdim = new.value, new.bdim
+
+    def refresh(self, outs: list[Any]) -> None:
+        """Bring stale views among the outputs of the mapped function up to date."""
+        if self.mutated:
+            refresh_all(self, outs, {})
+
+    def store(self, target: Any, new: Any) -> bool:
+        """Write `new` into the memory of `target` where that is sound; say whether it was."""
+        return store(self, target, new)
+
+    def wrap_out(self, out: Any, out_dims: Any) -> Any:
+        """Wrap what a rule returned."""
+        if isinstance(out, Tensor):
+            return wrap(self, out, out_dims)
+        if isinstance(out, (tuple, list)):
+            if not isinstance(out_dims, (tuple, list)):
+                out_dims = [out_dims] * len(out)
+            wrapped = [self.wrap_out(o, d) for o, d in zip(out, out_dims, strict=True)]
+            return wrapped if type(out) is list else tuple(wrapped)
+        return out

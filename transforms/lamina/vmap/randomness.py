@@ -1,0 +1,135 @@
+"""Random ops under vmap: one draw per example, one draw for all, or an error.
+
+What a seed reproduces: under "different" the numbers of one op are drawn in one call for the whole
+batch, in batch-first order; under "same" they are drawn as outside vmap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.vmap.dims import ensure_batched
+from lamina_core.dispatch import lower
+from lamina_core.errors import RandomnessError
+from lamina_core.schema import OpFacts
+
+__all__ = ["batch_random"]
+
+aten = torch.ops.aten
+
+
+def batch_random(
+    interpreter: Any, known: OpFacts, values: list[Any], dims: tuple[Any, ...], kwargs: Any
+) -> tuple[Any, Any]:
+    """Run a random op (never an in-place one) as `randomness` says.
+
+    Raises:
+        RandomnessError: With `randomness="error"`, or where "same" is asked for a batched operand.
+    """
+    op = known.op
+    size = interpreter.batch_size
+    batched = any(d is not None for d in _flat(dims))
+    if interpreter.randomness == "error":
+        raise interpreter.error(
+            RandomnessError,
+            f"{known.name} draws random numbers, and vmap was not told what that means",
+            'to fix: pass vmap(..., randomness="different") for a draw per example, or '
+            'randomness="same" for one draw that all examples share',
+        )
+    if interpreter.randomness == "same":
+        if not batched:
+            return lower(interpreter, op, tuple(values), kwargs), None
+        return _same_for_all(interpreter, known, values, dims, kwargs)
+    if not known.tensor_args and not known.list_args:
+        position = next(
+            (i for i, name in enumerate(known.positional) if name in ("size", "n")), None
+        )
+        if position is not None and known.positional[position] == "size":
+            args = list(values)
+            args[position] = [size, *args[position]]
+            return lower(interpreter, op, tuple(args), kwargs), 0
+        outs = [lower(interpreter, op, tuple(values), kwargs) for _ in range(max(size, 1))]
+        return torch.stack(outs)[:size], 0
+    if op._schema.name in _BATCH_FREE:
+        args = [
+            ensure_batched(v, d, size) if isinstance(v, torch.Tensor) else v
+            for v, d in zip(values, dims, strict=True)
+        ]
+        args = _pad_all(args, values, dims)
+        out = lower(interpreter, op, tuple(args), kwargs)
+        return out, 0
+    return _one_by_one(interpreter, op, values, dims, kwargs)
+
+
+# Ops that draw each element on its own, so a batch dim in front changes nothing but the shape.
+_BATCH_FREE = frozenset(
+    f"aten::{name}"
+    for name in ["_standard_gamma", "bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "native_dropout", "normal", "normal_functional", "poisson", "rand_like", "randint_like", "randn_like", "random", "rrelu_with_noise", "uniform"]
+)
+
+
+def _flat(dims: Any) -> list[Any]:
+    found = []
+    for dim in dims:
+        found.extend(dim if isinstance(dim, list) else [dim])
+    return found
+
+
+def _pad_all(args: list[Any], values: list[Any], dims: tuple[Any, ...]) -> list[Any]:
+    """Give all batched tensors one rank, so that operands of different ranks broadcast."""
+    ranks = [
+        value.dim() - (dim is not None)
+        for value, dim in zip(values, dims, strict=True)
+        if isinstance(value, torch.Tensor)
+    ]
+    rank = max(ranks)
+    out = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.dim() < rank + 1:
+            missing = rank + 1 - arg.dim()
+            arg = arg.reshape(arg.shape[0], *([1] * missing), *arg.shape[1:])
+        out.append(arg)
+    return out
+
+
+def _same_for_all(
+    interpreter: Any, known: OpFacts, values: list[Any], dims: tuple[Any, ...], kwargs: Any
+) -> tuple[Any, Any]:
+    """One draw for a batched operand: only possible where the draw does not look at its values."""
+    name = known.op._schema.name
+    if name in ("aten::rand_like", "aten::randn_like", "aten::randint_like"):
+        example = values[0].select(dims[0], 0) if interpreter.batch_size else None
+        if example is None:
+            shape = list(values[0].shape)
+            del shape[dims[0]]
+            example = values[0].new_zeros(shape)
+        return lower(interpreter, known.op, (example, *values[1:]), kwargs), None
+    if name == "aten::native_dropout":
+        x, p, train = values
+        if not train:
+            return (x, torch.ones_like(x, dtype=torch.bool)), (dims[0], dims[0])
+        shape = [s for i, s in enumerate(x.shape) if i != dims[0]]
+        ones = x.new_ones(shape)
+        scaled, mask = lower(interpreter, aten.native_dropout.default, (ones, p, True), {})
+        x = ensure_batched(x, dims[0], interpreter.batch_size)
+        return (x * scaled, mask), (0, None)
+    raise interpreter.error(
+        RandomnessError,
+        f'{known.name} draws from batched parameters, and randomness="same" asks for one draw',
+        'to fix: use randomness="different"',
+    )
+
+
+def _one_by_one(
+    interpreter: Any, op: Any, values: list[Any], dims: tuple[Any, ...], kwargs: Any
+) -> tuple[Any, Any]:
+    size = interpreter.batch_size
+    outs = []
+    for index in range(size):
+        args = [v if d is None else v.select(d, index) for v, d in zip(values, dims, strict=True)]
+        outs.append(lower(interpreter, op, tuple(args), kwargs))
+    if isinstance(outs[0], torch.Tensor):
+        return torch.stack(outs), 0
+    return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
