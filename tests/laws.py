@@ -266,7 +266,7 @@ def kept_outputs(case: Case, tensors: Tensors) -> list[int]:
 
 
 def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, seed: int = 0):
-    """Outputs, gradients and the cotangents used, by `torch.autograd.grad`; None without outputs."""
+    """Outputs, gradients and cotangents, by `torch.autograd.grad`; None without outputs."""
     kept = kept_outputs(case, tensors) if kept is None else kept
     if not kept:
         return None

@@ -65,7 +65,8 @@ CURATED = {
     """,
     "conv": """
         nn.functional.conv1d nn.functional.conv2d nn.functional.conv3d
-        nn.functional.conv_transpose1d nn.functional.conv_transpose2d nn.functional.interpolate.bilinear
+        nn.functional.conv_transpose1d nn.functional.conv_transpose2d
+        nn.functional.interpolate.bilinear
         nn.functional.interpolate.nearest nn.functional.pad.constant nn.functional.pad.reflect
         nn.functional.pixel_shuffle nn.functional.unfold
     """,

@@ -10,6 +10,7 @@ __all__ = [
     "BatchSizeError",
     "DataDependentError",
     "EscapedTensorError",
+    "FallbackWarning",
     "LaminaError",
     "MissingRuleError",
     "MutationError",
@@ -69,6 +70,10 @@ class RandomnessError(LaminaError, RuntimeError):
 
 class MutationError(LaminaError, RuntimeError):
     """An in-place op whose meaning under the active transforms is not clear."""
+
+
+class FallbackWarning(UserWarning):
+    """An op under `vmap` runs example by example, which is slow."""
 
 
 def message(what: str, *lines: str) -> str:

@@ -140,6 +140,8 @@ class Interpreter:
     """
 
     wrapper: ClassVar[type[LevelTensor]]
+    # The name of the transform in logs and tables.
+    transform: ClassVar[str] = ""
     # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
     keeps_values: ClassVar[bool] = False
 
@@ -213,6 +215,11 @@ class Interpreter:
 
     def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Say what `op` means at this level; called for every op that reaches it."""
+        raise NotImplementedError
+
+    @classmethod
+    def explain_op(cls, op: Any) -> str:
+        """One line on how this transform handles an overload, for `lamina_core.debug.explain`."""
         raise NotImplementedError
 
     def constant(self, value: Any) -> LevelTensor:

@@ -90,6 +90,11 @@ class RuleTable:
         """How many overloads have a rule."""
         return len(self._rules)
 
+    def describe(self, op: Any, state: str) -> str:
+        """A state and, for a registered rule, who owns it."""
+        rule = self.lookup(op)
+        return state if rule is None else f"{state} ({rule.owner})"
+
     def siblings(self, op: Any) -> list[str]:
         """Names of the registered overloads of the same op, for messages."""
         name = op._schema.name

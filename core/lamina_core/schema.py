@@ -103,7 +103,9 @@ class OpFacts:
         self.is_random = (
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM
         ) and schema.name not in _NOT_RANDOM
-        self.is_composite = op._can_decompose()
+        # Overloads of TorchScript alone (aten.any.str) are listed, but the dispatcher lacks them.
+        known_to_dispatcher = torch._C._dispatch_has_kernel(op.name())
+        self.is_composite = known_to_dispatcher and op._can_decompose()
         self.returns = tuple(_return_kind(str(r.type)) for r in schema.returns)
         self._functional: Any = False
         self.call = _fast_call(op) if self.is_pointwise and not self.is_random else op

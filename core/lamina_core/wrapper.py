@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LevelTensor",
+    "box",
     "highest_interpreter",
     "level_of",
     "make_wrapper",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 make_wrapper = torch.Tensor._make_wrapper_subclass
+_default_dtype = torch.get_default_dtype
 
 
 class LevelTensor(torch.Tensor):
@@ -67,6 +69,10 @@ class LevelTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Hand an op that no mode caught to the interpreter of the highest level involved."""
+        if not kwargs and len(args) == 1 and type(args[0]) in _CLASSES:
+            interpreter = args[0].interpreter  # one operand: nothing to search
+            if interpreter.alive:
+                return interpreter.process(func, args, {})
         kwargs = kwargs or {}
         interpreter = highest_interpreter(args, kwargs)
         if interpreter is not None:
@@ -91,6 +97,17 @@ class LevelTensor(torch.Tensor):
 
 
 _CLASSES = LevelTensor.classes
+
+
+def box(cls: type[LevelTensor], value: Any, size: Any, stride: Any) -> Any:
+    """A wrapper with a logical size (and stride, unless contiguous) and the value's dtype and device.
+
+    HOT: without dtype and device the wrapper costs 0.8 us, with them 1.3.
+    """
+    dtype = value.dtype
+    if stride is None and value.is_cpu and dtype is _default_dtype():
+        return make_wrapper(cls, size)
+    return make_wrapper(cls, size, stride, dtype=dtype, device=value.device)
 
 
 def level_of(value: Any) -> int:

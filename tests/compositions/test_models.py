@@ -94,7 +94,9 @@ def buffers_of(model):
 def autograd_grads(model, loss):
     """The gradient of a loss in the model's own parameters, by plain autograd."""
     names, values = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        loss, values, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return dict(zip(names, grads, strict=True))
 
 
@@ -279,10 +281,10 @@ def test_batch_norm_in_train_mode_under_grad_updates_its_statistics():
     parameters, buffers = parameters_of(model), buffers_of(model)
     weight = torch.randn(EXAMPLES, 4 * 3 * 4, dtype=torch.float64)
 
-    def loss(parameters):
+    def loss(parameters, buffers):
         return (functional_call(model, (parameters, buffers), (x,)) * weight).sum()
 
-    grads = grad(loss)(parameters)
+    grads = grad(loss)(parameters, buffers)
     expected = autograd_grads(model, (model(x) * weight).sum())
     close(grads, expected)
     close(buffers, buffers_of(model))

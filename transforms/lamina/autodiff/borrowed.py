@@ -72,8 +72,8 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
 
 def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
     home, name, outs, leaves = residuals
-    # The level below may differ from that of the forward run: a pullback is called anywhere.
-    home = Home(home.interpreter)
+    # A pullback may be called at another level and under other keys than the op was.
+    home.capture()
     wanted = [leaf for leaf in leaves if leaf is not None]
     pairs = [
         (out, home.wrap(ct))
@@ -82,9 +82,6 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
     ]
     if not pairs:
         return [None] * len(leaves)
-    for leaf in (*wanted, *outs):
-        if type(leaf) is LeafTensor:
-            leaf.home = home
     try:
         with home.open():
             grads = torch.autograd.grad(

@@ -60,20 +60,24 @@ class Needed:
         function: The declared function.
         places: For each parameter behind the first: ("out",), ("operand", i), ("shape", i),
             ("dtype", i) or ("arg", name).
+        only: For the hot paths, what is needed if that is at most one thing: "none", "out", "x",
+            "y", or the default value of an argument in a tuple; None if it is more.
     """
 
-    __slots__ = ("function", "places", "simple")
+    __slots__ = ("function", "only", "places")
 
     def __init__(self, function: Callable[..., Any], known: OpFacts) -> None:
         self.function = function
         names = list(inspect.signature(function).parameters)[1:]
         self.places = tuple(_place(name, known) for name in names)
-        # The hot path of unary ops knows these three by name.
-        self.simple = {
+        self.only: Any = {
             (): "none",
             (("out",),): "out",
             (("operand", 0),): "x",
+            (("operand", 1),): "y",
         }.get(self.places)
+        if self.only is None and len(self.places) == 1 and self.places[0][0] == "arg":
+            self.only = (default(known, self.places[0][1]),)
 
     def collect(self, known: OpFacts, out: Any, operands: Any, args: Any, kwargs: Any) -> list[Any]:
         """What the function needs, taken from the values of one call."""
@@ -120,12 +124,20 @@ def argument(known: OpFacts, name: str, args: Any, kwargs: Any) -> Any:
         position = known.positional.index(name)
         if position < len(args):
             return args[position]
+    return default(known, name)
+
+
+_DEFAULTS: dict[int, dict[str, Any]] = {}
+
+
+def default(known: OpFacts, name: str) -> Any:
+    """The schema's default of an argument; None if it has none."""
     defaults = _DEFAULTS.get(id(known.op))
     if defaults is None:
         defaults = _DEFAULTS[id(known.op)] = {
             a.name: a.default_value for a in known.op._schema.arguments if a.has_default_value()
         }
-    return defaults[name]
+    return defaults.get(name)
 
 
 class Pointwise:

@@ -37,6 +37,7 @@ class ForwardInterpreter(Interpreter):
     """One active forward-mode level."""
 
     wrapper = DualTensor
+    transform = "jvp"
     handlers: ClassVar[dict[int, Any]] = {}
 
     def __str__(self) -> str:
@@ -54,6 +55,11 @@ class ForwardInterpreter(Interpreter):
         if self.watch:
             return watched(self, handler, op, args, kwargs)
         return handler(self, op, args, kwargs)
+
+    @classmethod
+    def explain_op(cls, op: Any) -> str:
+        """The state of an overload and the owner of its rule."""
+        return FORWARD.describe(op, state_of(op))
 
     def lift(self, value: Any, tangent: Any) -> DualTensor:
         """Wrap an argument with its tangent."""

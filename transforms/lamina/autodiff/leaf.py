@@ -38,6 +38,7 @@ class LeafTensor(torch.Tensor):
 
 
 def find_home(args: Any, kwargs: Any) -> Home:
+    """The home of the first leaf among the arguments of an op."""
     for arg in (*args, *kwargs.values()):
         if type(arg) is LeafTensor:
             return arg.home
@@ -49,18 +50,35 @@ def find_home(args: Any, kwargs: Any) -> Home:
 
 
 class Home:
-    """The dispatch-key states of one borrowed call: that of rule code, and one with autograd on."""
+    """The state in which the values of one borrowed call live, and one with autograd switched on.
 
-    __slots__ = ("exclude", "include", "interpreter", "open_exclude", "open_include")
+    All leaves of a call share one home, those that C++ autograd has saved included; `capture` moves
+    them all to where the pullback runs.
+    """
+
+    __slots__ = (
+        "exclude",
+        "grad_enabled",
+        "include",
+        "interpreter",
+        "open_exclude",
+        "open_include",
+    )
 
     def __init__(self, interpreter: Any) -> None:
         self.interpreter = interpreter
+        self.capture()
+
+    def capture(self) -> None:
+        """Take the present dispatch keys and grad mode for those of the values."""
+        self.grad_enabled = torch.is_grad_enabled()
         self.include = _C._dispatch_tls_local_include_set()
         self.exclude = _C._dispatch_tls_local_exclude_set()
         self.open_include = self.include | _OPEN_INCLUDE
         self.open_exclude = self.exclude - BELOW_AUTOGRAD
 
     def wrap(self, value: Any, *, requires_grad: bool = False) -> Any:
+        """Box a value."""
         out: Any = make_wrapper(
             LeafTensor,
             value.shape,
@@ -74,10 +92,15 @@ class Home:
         return out
 
     def wrap_all(self, arg: Any) -> Any:
+        """Box every tensor of an output."""
         return map_tensors(self.wrap, arg)
 
     def lower(self, op: Any, args: Any, kwargs: Any) -> Any:
-        with _C._ForceDispatchKeyGuard(self.include, self.exclude):
+        """Run an op of the formula on the values, in the state they live in."""
+        with (
+            _C._ForceDispatchKeyGuard(self.include, self.exclude),
+            torch.set_grad_enabled(self.grad_enabled),
+        ):
             values = tuple([map_tensors(unbox, arg) for arg in args])
             inner = {key: map_tensors(unbox, value) for key, value in kwargs.items()}
             known = facts(op)
@@ -90,8 +113,10 @@ class Home:
             return self.wrap_all(out)
 
     def open(self) -> Any:
+        """A guard under which C++ autograd records what is done to leaves."""
         return _C._ForceDispatchKeyGuard(self.open_include, self.open_exclude)
 
 
 def unbox(tensor: Any) -> Any:
+    """The value of a leaf; any other tensor as it is."""
     return tensor.value if type(tensor) is LeafTensor else tensor

@@ -26,7 +26,7 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track
 from lamina_core.alias import mutate, record_views, refresh_all
-from lamina_core.dispatch import needs_guard, watched
+from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
@@ -43,6 +43,7 @@ class ReverseInterpreter(Interpreter):
     """One active reverse-mode level."""
 
     wrapper = TrackedTensor
+    transform = "vjp"
     keeps_values = True
     handlers: ClassVar[dict[int, Any]] = {}
 
@@ -65,6 +66,11 @@ class ReverseInterpreter(Interpreter):
         if self.watch:
             return watched(self, handler, op, args, kwargs)
         return handler(self, op, args, kwargs)
+
+    @classmethod
+    def explain_op(cls, op: Any) -> str:
+        """The state of an overload and the owner of its rule."""
+        return REVERSE.describe(op, state_of(op))
 
     def leaf(self, value: Any) -> TrackedTensor:
         """Wrap an argument that is differentiated with respect to."""
@@ -178,6 +184,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
 def positions_of(interpreter: Any, cut: Split) -> tuple[tuple[Node, int] | None, ...]:
     """The tape position of each operand; None for constants."""
     wrapper = TrackedTensor
+    transform = "vjp"
     return tuple(
         [
             (o.node, o.index)
@@ -288,50 +295,113 @@ def _pointwise_rule(declared: Pointwise) -> Any:
 
 
 def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
-    products = declared.products
-    unary = len(known.tensor_args) == 1 and known.tensor_args[0] == 0 and products[0] is not None
-    call = known.call
-    name = known.name
-    only = products[0]
-    simple = only.simple if unary and only is not None else None
-    function = only.function if only is not None else None
     rule = _pointwise_rule(declared)
+    functions = [product and product.function for product in declared.products]
+    only = [product and product.only for product in declared.products]
+    positions = known.tensor_args
+    call, name = known.call, known.name
 
-    def slow(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         cut = split(interpreter, known, args, kwargs)
-        out = pass_through(interpreter, handle, op, args, kwargs, cut)
+        out = pass_through(interpreter, fast, op, args, kwargs, cut)
         if out is not NotImplemented:
             return out
-        positions = positions_of(interpreter, cut)
-        if not any(positions) or not interpreter.tracking():
+        places = positions_of(interpreter, cut)
+        if not any(places) or not interpreter.tracking():
             return constant_outputs(interpreter, known, args, cut)
-        return record(interpreter, known, rule, cut, positions)
+        return record(interpreter, known, rule, cut, places)
 
-    def unary_handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    def unary(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         # HOT: one operand, and its derivative needs the operand, the result, or neither.
         x = args[0]
         if type(x) is TrackedTensor and x.interpreter is interpreter and x.node is not None:
             value = x.value
-            out = call(value, *args[1:], **kwargs)
-            dtype = out.dtype
-            if (
-                dtype is value.dtype
-                and dtype.is_floating_point
-                and interpreter.grad_enabled
-                and _is_grad_enabled()
-            ):
-                if simple == "x":
-                    residuals = (function, value)
-                elif simple == "out":
-                    residuals = (function, out)
+            if interpreter.grad_enabled and _is_grad_enabled():
+                if len(args) == 1 and not kwargs:
+                    out = call_one(op, call, value)
                 else:
-                    residuals = (function,)
-                node = Node(name, _unary_pullback, residuals, _ONE, ((x.node, x.index),))
-                return track(interpreter, out, node)
-        return slow(interpreter, op, args, kwargs)
+                    out = call(value, *args[1:], **kwargs)
+                dtype = out.dtype
+                if dtype is value.dtype and dtype.is_floating_point:
+                    saved: Any = (function, value) if wants == "x" else (function, out)
+                    if wants == "none":
+                        saved = (function,)
+                    node = Node(name, _unary_pullback, saved, _ONE, ((x.node, x.index),))
+                    return track(interpreter, out, node)
+        return handle(interpreter, op, args, kwargs)
 
-    handle = unary_handle if simple is not None else slow
-    return handle
+    def binary(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: two operands of one shape and dtype, or one and a Python number.
+        if len(args) != 2 or kwargs:
+            return handle(interpreter, op, args, kwargs)
+        x, y = args
+        x_at = y_at = None
+        if type(x) is TrackedTensor and x.interpreter is interpreter:
+            if x.node is not None:
+                x_at = (x.node, x.index)
+            x = x.value
+        elif isinstance(x, Tensor):
+            return handle(interpreter, op, args, kwargs)
+        if type(y) is TrackedTensor and y.interpreter is interpreter:
+            if y.node is not None:
+                y_at = (y.node, y.index)
+            y = y.value
+            if x.shape != y.shape or x.dtype is not y.dtype:
+                return handle(interpreter, op, args, kwargs)
+        elif isinstance(y, Tensor):
+            return handle(interpreter, op, args, kwargs)
+        if (
+            (x_at is None and y_at is None)
+            or not x.dtype.is_floating_point
+            or not (interpreter.grad_enabled and _is_grad_enabled())
+        ):
+            return handle(interpreter, op, args, kwargs)
+        out = call_two(op, call, x, y)
+        if out.dtype is not x.dtype:
+            return handle(interpreter, op, args, kwargs)
+        saved = (
+            None if x_at is None else functions[0],
+            None if x_at is None else _saved(only[0], out, x, y),
+            None if y_at is None else functions[1],
+            None if y_at is None else _saved(only[1], out, x, y),
+        )
+        needs = (x_at is not None, y_at is not None)
+        return track(
+            interpreter, out, Node(name, _binary_pullback, saved, needs, (x_at, y_at))
+        )
+
+    fast = handle
+    if positions == (0,) and only[0] in ("none", "out", "x"):
+        function, wants = functions[0], only[0]
+        fast = unary
+    elif positions == (0, 1) and len(only) == 2 and all(wish is not None for wish in only):
+        fast = binary
+    return fast
+
+
+class _Nothing:
+    """Marks a product that needs nothing saved."""
+
+
+def _saved(wish: Any, out: Any, x: Any, y: Any) -> Any:
+    if wish == "none":
+        return _Nothing
+    if wish == "x":
+        return x
+    if wish == "y":
+        return y
+    return out if wish == "out" else wish[0]
+
+
+def _binary_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    """Two real operands of the output's shape and dtype, at most one residual for each."""
+    function, saved, other, other_saved = residuals
+    x_ct = y_ct = None
+    if function is not None:
+        x_ct = function(ct) if saved is _Nothing else function(ct, saved)
+    if other is not None:
+        y_ct = other(ct) if other_saved is _Nothing else other(ct, other_saved)
+    return x_ct, y_ct
 
 
 _ONE = (True,)

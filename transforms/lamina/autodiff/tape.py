@@ -22,7 +22,7 @@ from lamina_core.wrapper import shares_memory
 __all__ = ["Node", "accumulate", "backward", "move_residuals"]
 
 _sequence = itertools.count(1)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 Tensor = torch.Tensor
 
 # (residuals, needs, *cotangents) -> one cotangent or None per tensor operand
@@ -69,27 +69,32 @@ class Node:
         self.parents = parents
         self.outputs = outputs
         self.sequence = next(_sequence)
-        self.versions = [_version(r) if type(r) in _PLAIN else None for r in residuals]
+        self.versions = _versions(residuals)
 
     def check_residuals(self) -> None:
         """Raise where a residual has been written to since it was saved."""
         for position, (residual, version) in enumerate(
             zip(self.residuals or (), self.versions, strict=True)
         ):
-            if version is not None and _version(residual) != version:
+            if version is not None and residual._version != version:
                 raise MutationError(
                     message(
                         f"a tensor that the gradient of {self.name} needs was written to in place",
                         f"residual {position} of shape {list(residual.shape)}: version "
-                        f"{_version(residual)}, saved at version {version}",
+                        f"{residual._version}, saved at version {version}",
                         "to fix: write to a clone of it",
                     )
                 )
 
 
-def _version(tensor: Any) -> int | None:
-    # Inference tensors keep no version; nothing can be noticed for them.
-    return None if tensor.is_inference() else tensor._version
+def _versions(residuals: Any) -> list[int | None]:
+    try:
+        return [r._version if type(r) in _PLAIN else None for r in residuals]
+    except RuntimeError:
+        # Inference tensors keep no version; nothing can be noticed for them.
+        return [
+            r._version if type(r) in _PLAIN and not r.is_inference() else None for r in residuals
+        ]
 
 
 def accumulate(into: list[Any], index: int, ct: Any, owned: set[int]) -> None:
@@ -189,7 +194,7 @@ def move_residuals(outputs: Sequence[tuple[Node, int] | None], target: Any) -> N
         stack.extend(parent[0] for parent in node.parents if parent is not None)
         if node.residuals:
             node.residuals = tuple([_moved(r, target) for r in node.residuals])
-            node.versions = [_version(r) if type(r) in _PLAIN else None for r in node.residuals]
+            node.versions = _versions(node.residuals)
 
 
 def _moved(residual: Any, target: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamina.autodiff.tape import Node
-from lamina_core.wrapper import LevelTensor, make_wrapper
+from lamina_core.wrapper import LevelTensor, box
 
 __all__ = ["DualTensor", "TrackedTensor", "dual", "track"]
 
@@ -40,12 +40,8 @@ class DualTensor(LevelTensor):
 
 def track(interpreter: Any, value: Any, node: Node | None, index: int = 0) -> TrackedTensor:
     """Box a value at the level of a reverse-mode interpreter."""
-    if value.is_contiguous():
-        out: Any = make_wrapper(TrackedTensor, value.shape, dtype=value.dtype, device=value.device)
-    else:
-        out = make_wrapper(
-            TrackedTensor, value.shape, value.stride(), dtype=value.dtype, device=value.device
-        )
+    stride = None if value.is_contiguous() else value.stride()
+    out = box(TrackedTensor, value, value.shape, stride)
     out.interpreter = interpreter
     out.value = value
     out.node = node
@@ -55,12 +51,8 @@ def track(interpreter: Any, value: Any, node: Node | None, index: int = 0) -> Tr
 
 def dual(interpreter: Any, value: Any, tangent: Any) -> DualTensor:
     """Box a primal and its tangent at the level of a forward-mode interpreter."""
-    if value.is_contiguous():
-        out: Any = make_wrapper(DualTensor, value.shape, dtype=value.dtype, device=value.device)
-    else:
-        out = make_wrapper(
-            DualTensor, value.shape, value.stride(), dtype=value.dtype, device=value.device
-        )
+    stride = None if value.is_contiguous() else value.stride()
+    out = box(DualTensor, value, value.shape, stride)
     out.interpreter = interpreter
     out.value = value
     out.tangent = tangent

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "align",
+    "at_least_1d",
     "batch_first",
     "batch_size_of",
+    "behind_batch",
     "ensure_batched",
     "fold",
+    "infer_size",
     "logical_rank",
     "logical_shape",
     "move_batch",
@@ -21,7 +25,9 @@ __all__ = [
     "pad_rank",
     "physical",
     "physical_dims",
+    "physical_size",
     "unfold",
+    "without",
 ]
 
 
@@ -113,3 +119,64 @@ def unfold(x: Any, dim: int, size: int) -> Any:
     shape = x.shape
     rest = shape[dim] // size if size else 0
     return x.reshape(*shape[:dim], size, rest, *shape[dim + 1 :])
+
+
+def behind_batch(dim: int, rank: int) -> int:
+    """The dim of a value with its batch dim first that logical dim `dim` of `rank` stands for."""
+    return normalize(dim, rank) + 1
+
+
+def without(x_bdim: int, *gone: int) -> int:
+    """Where the batch dim is once the physical dims `gone` have been removed."""
+    return x_bdim - sum(at < x_bdim for at in gone)
+
+
+def at_least_1d(x: Any, x_bdim: int | None) -> Any:
+    """A value whose logical rank is at least 1: a logical 0-d one gets a dim of size 1 at the end.
+
+    ATen lets `dim=0` and `dim=-1` speak of a 0-d tensor.
+    """
+    return x.unsqueeze(-1) if logical_rank(x, x_bdim) == 0 else x
+
+
+def physical_size(size: Sequence[int], x_bdim: int, entry: int) -> list[int]:
+    """A logical size with `entry` put in at the batch dim."""
+    return [*size[:x_bdim], entry, *size[x_bdim:]]
+
+
+def infer_size(size: Sequence[int], numel: int) -> list[int]:
+    """A size with its -1, if any, replaced by what makes it hold `numel` elements.
+
+    Raises:
+        RuntimeError: If `size` cannot hold that many elements.
+    """
+    known = 1
+    for entry in size:
+        known *= 1 if entry == -1 else entry
+    unknown = [i for i, entry in enumerate(size) if entry == -1]
+    fits = numel % known == 0 if unknown and known else numel == known
+    if len(unknown) > 1 or not fits or (unknown and not known):
+        raise RuntimeError(f"shape {list(size)} is invalid for {numel} elements")
+    return [numel // known if entry == -1 else entry for entry in size]
+
+
+def align(
+    values: Sequence[Any], in_dims: Sequence[int | None], size: int, to: int | None = None
+) -> tuple[list[Any], int]:
+    """Values with their batch dims at one place (`to`, or the one they share), and that place.
+
+    Unbatched values are expanded.
+    """
+    places = {bdim for bdim in in_dims if bdim is not None}
+    if to is None:
+        shared = min(places)
+        fits = len(places) == 1 and all(
+            logical_rank(x, bdim) >= shared for x, bdim in zip(values, in_dims, strict=True)
+        )
+        to = shared if fits else 0
+    aligned = []
+    for x, bdim in zip(values, in_dims, strict=True):
+        if bdim is None:
+            x = x.unsqueeze(to).expand(physical_size(x.shape, to, size))
+        aligned.append(move_batch(x, bdim, to))
+    return aligned, to

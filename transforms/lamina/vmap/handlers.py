@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamina.vmap.batched import BatchedTensor, wrap
+from lamina.vmap.batched import BatchedTensor, wrap, wrap_like
 from lamina.vmap.dims import pad_rank
 from lamina.vmap.fallback import loop_over_examples
 from lamina.vmap.randomness import batch_random
@@ -20,8 +20,14 @@ from lamina.vmap.table import RULES, Info
 from lamina.vmap.writes import in_place_handler
 from lamina_core.alias import record_views
 from lamina_core.config import config
-from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, tensors_in, watched
-from lamina_core.errors import DataDependentError, MissingRuleError, RuleError, message
+from lamina_core.dispatch import call_one, call_two, lower, map_tensors, needs_guard, pass_down, tensors_in, watched
+from lamina_core.errors import (
+    DataDependentError,
+    FallbackWarning,
+    MissingRuleError,
+    RuleError,
+    message,
+)
 from lamina_core.interpreter import run_at
 from lamina_core.rules import Rule
 from lamina_core.schema import OpFacts, facts
@@ -88,9 +94,12 @@ def _unary_handler(known: OpFacts) -> Handler:
         return _nary_handler(known)
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: the most frequent op of all.
         x = args[0]
         if type(x) is BatchedTensor and x.interpreter is interpreter:
-            return wrap(interpreter, call(x.value, *args[1:], **kwargs), x.bdim)
+            if len(args) == 1 and not kwargs:
+                return wrap_like(x, call_one(op, call, x.value))
+            return wrap_like(x, call(x.value, *args[1:], **kwargs))
         return _pass_down(interpreter, op, args, kwargs)
 
     return handle
@@ -107,20 +116,17 @@ def _nary_handler(known: OpFacts) -> Handler:
             x, y = args
             if type(x) is BatchedTensor and x.interpreter is interpreter:
                 if type(y) is BatchedTensor and y.interpreter is interpreter:
-                    x_value, y_value, bdim = x.value, y.value, x.bdim
+                    bdim = x.bdim
                     if (
                         bdim is not None
                         and bdim == y.bdim
-                        and x_value.dim() == y_value.dim()
-                        and x_value.dtype is y_value.dtype
+                        and x.logical == y.logical
+                        and y.strides is None
+                        and not kwargs
                     ):
-                        rank = x_value.dim()
-                        out = call(x_value, y_value, **kwargs)
-                        # Broadcasting keeps the rank, so the batch dim stays where it was.
-                        if out.dim() == rank:
-                            return wrap(interpreter, out, bdim)
-                elif not isinstance(y, Tensor) and y is not None:
-                    return wrap(interpreter, call(x.value, y, **kwargs), x.bdim)
+                        return wrap_like(x, call_two(op, call, x.value, y.value))
+                elif not isinstance(y, Tensor) and y is not None and not kwargs:
+                    return wrap_like(x, call_two(op, call, x.value, y))
         values = list(args)
         operands = []
         rank = 0
@@ -235,7 +241,7 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
             wrapped: Any = wrap(interpreter, out, out_dims)
         else:
             wrapped = interpreter.wrap_out(out, out_dims)
-        if known.is_view:
+        if known.is_view and interpreter.is_own(args[0]):
             return record_views(wrapped, op, args, kwargs)
         return wrapped
 
@@ -372,5 +378,6 @@ def note_fallback(interpreter: Any, known: OpFacts) -> None:
                 "to fix: add a rule (torch.library.register_vmap for an op of your own), or "
                 'silence this with lamina.config.fallback = "silent"',
             ),
+            FallbackWarning,
             stacklevel=2,
         )

@@ -8,8 +8,8 @@ import torch
 
 from lamina.vmap import rules as _rules
 from lamina.vmap.batched import BatchedTensor, wrap
-from lamina.vmap.handlers import Handler, resolve
-from lamina.vmap.table import Info
+from lamina.vmap.handlers import Handler, resolve, state_of
+from lamina.vmap.table import RULES, Info
 from lamina.vmap.writes import store
 from lamina_core.alias import refresh_all
 from lamina_core.dispatch import needs_guard, watched
@@ -27,6 +27,7 @@ class VmapInterpreter(Interpreter):
     """One active `vmap`."""
 
     wrapper = BatchedTensor
+    transform = "vmap"
     handlers: ClassVar[dict[int, Handler]] = {}
 
     def __init__(self, batch_size: int, randomness: str = "error") -> None:
@@ -50,6 +51,11 @@ class VmapInterpreter(Interpreter):
         if self.watch:
             return watched(self, handler, op, args, kwargs)
         return handler(self, op, args, kwargs)
+
+    @classmethod
+    def explain_op(cls, op: Any) -> str:
+        """The state of an overload and the owner of its rule."""
+        return RULES.describe(op, state_of(op))
 
     def lift(self, value: Any, bdim: int | None) -> BatchedTensor:
         """Wrap an argument of the mapped function."""

@@ -1,20 +1,363 @@
 """Derivatives of elementwise ops: per operand, `t` times the partial derivative.
 
 The parameters of a product name what is kept for it: see the NOTE in `lamina.autodiff.declare`.
+A product is linear in `t` over the complex numbers. For a real function of a complex operand its
+real part is the pushforward, so that `abs` has the product `t * conj(sgn(x))`.
+
+Activation functions are in `activations`, ops without derivative in `constants`.
 """
 
 from __future__ import annotations
 
+import cmath
+import math
+
 import torch
 
-from lamina.autodiff.declare import pointwise
+from lamina.autodiff.declare import jvp_rule, linear, pointwise, vjp_rule
+from lamina.autodiff.shapes import in_dtype
 
 aten = torch.ops.aten
+where = torch.where
 
-pointwise(aten.add.Tensor, lambda t: t, lambda t, alpha: t if alpha == 1 else t * alpha)
+_LN2 = math.log(2.0)
+_LN10 = math.log(10.0)
+_SQRT_PI = math.sqrt(math.pi)
+
+
+def _scaled(t, factor):
+    return t if factor == 1 else t * factor
+
+
+# -- products that take more than a line -----------------------------------------------------------
+
+
+def _abs(t, x):
+    """The subgradient at 0 is 0, that of sgn."""
+    return t * (x.sgn().conj() if x.is_complex() else x.sgn())
+
+
+def _acosh(t, x):
+    """Two roots for complex x: the root of the product has another branch cut."""
+    if x.is_complex():
+        return t * ((x + 1).rsqrt() * (x - 1).rsqrt())
+    return t * (x * x - 1).rsqrt()
+
+
+def _angle(t, x):
+    """Zero for real x and at 0."""
+    if not x.is_complex():
+        return torch.zeros_like(t)
+    return where(x == 0, 0.0, t / x * -1j)
+
+
+def _copysign(t, x, out):
+    return where(x == 0, 0.0, t * (out / x))
+
+
+def _div_mode_x(t, y, rounding_mode):
+    return t / y if rounding_mode is None else torch.zeros_like(t)
+
+
+def _div_mode_y(t, x, y, rounding_mode):
+    return -(t * ((x / y) / y)) if rounding_mode is None else torch.zeros_like(t)
+
+
+def _clamp(t, x, min, max):
+    """Bounds count as inside, so that the derivative there is 1."""
+    if min is None:
+        return where(x <= max, t, 0.0)
+    if max is None:
+        return where(x >= min, t, 0.0)
+    return where((x >= min) & (x <= max), t, 0.0)
+
+
+def _clamp_low(t, x, y, z):
+    inside = x < y if z is None else (x < y) & (y < z)
+    return where(inside, t, 0.0)
+
+
+def _clamp_high(t, x, y, z):
+    inside = x > z if y is None else (x > z) | (z < y)
+    return where(inside, t, 0.0)
+
+
+def _larger(t, x, y):
+    """Ties share the derivative; a NaN passes it on to both."""
+    return where(x == y, t / 2, t).masked_fill(x < y, 0.0)
+
+
+def _smaller(t, x, y):
+    return where(x == y, t / 2, t).masked_fill(x > y, 0.0)
+
+
+def _logit(t, x, eps):
+    low, high, outside = (0.0, 1.0, math.nan) if eps is None else (eps, 1.0 - eps, 0.0)
+    return where((x >= low) & (x <= high), t / (x * (1 - x)), outside)
+
+
+def _pow_scalar(t, x, exponent):
+    """x**0 is flat everywhere, also at 0, where the formula would give 0 * inf."""
+    if exponent == 0:
+        return torch.zeros_like(t)
+    if exponent == 2:
+        return t * (2 * x)
+    return t * (exponent * x.pow(exponent - 1))
+
+
+def _pow_base(t, x, y):
+    return where(y == 0, 0.0, t * (y * x.pow(y - 1)))
+
+
+def _pow_exponent(t, x, y, out):
+    """0**y is flat where y >= 0, though log(0) is not finite."""
+    grows = (y.real >= 0) & (y.imag == 0) if y.is_complex() else y >= 0
+    return where((x == 0) & grows, 0.0, t * (out * x.to(out.dtype).log()))
+
+
+def _pow_of_number(t, x, self, out):
+    """As `_pow_exponent`, the base a number: its logarithm is one too, NaN for a negative base."""
+    if self == 0:
+        grows = (x.real >= 0) & (x.imag == 0) if x.is_complex() else x >= 0
+        return where(grows, 0.0, t * (out * -math.inf))
+    if isinstance(self, complex) or x.is_complex():
+        return t * (out * cmath.log(self))
+    return t * (out * (math.log(self) if self > 0 else math.nan))
+
+
+def _sinc(t, x):
+    angle = x * math.pi
+    slope = (angle * angle.cos() - angle.sin()) / (angle * x)
+    return where(angle * angle == 0, 0.0, t * slope)
+
+
+def _xlogy(t, x, y):
+    return where((x == 0) & (y <= 0), 0.0, t * y.log())
+
+
+def _xlog1py(t, x, y):
+    return where((x == 0) & (y <= -1), 0.0, t * y.log1p())
+
+
+# -- one operand -----------------------------------------------------------------------------------
+
+pointwise(aten.abs.default, _abs)
+pointwise(aten.acos.default, lambda t, x: -(t * (1 - x * x).rsqrt()))
+pointwise(aten.acosh.default, _acosh)
+pointwise(aten.angle.default, _angle)
+pointwise(aten.asin.default, lambda t, x: t * (1 - x * x).rsqrt())
+pointwise(aten.asinh.default, lambda t, x: t * (x * x + 1).rsqrt())
+pointwise(aten.atan.default, lambda t, x: t / (x * x + 1))
+pointwise(aten.atanh.default, lambda t, x: t / (1 - x * x))
+pointwise(aten.clamp.default, _clamp)
+pointwise(aten.clamp_max.default, lambda t, x, max: where(x <= max, t, 0.0))
+pointwise(aten.clamp_min.default, lambda t, x, min: where(x >= min, t, 0.0))
 pointwise(aten.cos.default, lambda t, x: -(t * x.sin()))
+pointwise(aten.cosh.default, lambda t, x: t * x.sinh())
+pointwise(aten.deg2rad.default, lambda t: t * (math.pi / 180))
+pointwise(aten.digamma.default, lambda t, x: t * torch.polygamma(1, x))
+pointwise(aten.erf.default, lambda t, x: t * ((2 / _SQRT_PI) * (-x * x).exp()))
+pointwise(aten.erfc.default, lambda t, x: t * ((-2 / _SQRT_PI) * (-x * x).exp()))
+pointwise(aten.erfinv.default, lambda t, out: t * ((_SQRT_PI / 2) * (out * out).exp()))
 pointwise(aten.exp.default, lambda t, out: t * out)
-pointwise(aten.mul.Tensor, lambda t, y: t * y, lambda t, x: t * x)
+pointwise(aten.exp2.default, lambda t, out: t * (out * _LN2))
+pointwise(aten.expm1.default, lambda t, out: t * (out + 1))
+pointwise(aten.frac.default, lambda t: t)
+pointwise(aten.lgamma.default, lambda t, x: t * x.digamma())
+pointwise(aten.log.default, lambda t, x: t / x)
+pointwise(aten.log10.default, lambda t, x: t / (x * _LN10))
+pointwise(aten.log1p.default, lambda t, x: t / (x + 1))
+pointwise(aten.log2.default, lambda t, x: t / (x * _LN2))
+pointwise(aten.logit.default, _logit)
+pointwise(aten.nan_to_num.default, lambda t, x: t * x.isfinite())
 pointwise(aten.neg.default, lambda t: -t)
+pointwise(aten.polygamma.default, lambda t, x, n: t * torch.polygamma(n + 1, x))
+pointwise(aten.rad2deg.default, lambda t: t * (180 / math.pi))
+pointwise(aten.reciprocal.default, lambda t, out: -(t * (out * out)))
+pointwise(aten.rsqrt.default, lambda t, out: t * (-0.5 * out.pow(3)))
 pointwise(aten.sin.default, lambda t, x: t * x.cos())
+pointwise(aten.sinc.default, _sinc)
+pointwise(aten.sinh.default, lambda t, x: t * x.cosh())
+pointwise(aten.sqrt.default, lambda t, out: t / (2 * out))  # infinite at 0, as PyTorch's
+pointwise(aten.square.default, lambda t, x: t * (2 * x))
+pointwise(aten.tan.default, lambda t, out: t * (1 + out * out))
+
+# -- an operand and a number -----------------------------------------------------------------------
+
+pointwise(aten.add.Scalar, lambda t: t)
+pointwise(aten.copysign.Scalar, _copysign)
+pointwise(aten.div.Scalar, lambda t, other: t / other)
+pointwise(aten.div.Scalar_mode, lambda t, other, rounding_mode: _div_mode_x(t, other, rounding_mode))
+pointwise(aten.fmod.Scalar, lambda t: t)
+pointwise(aten.mul.Scalar, lambda t, other: t * other)
+pointwise(aten.pow.Scalar, _pow_of_number)
+pointwise(aten.pow.Tensor_Scalar, _pow_scalar)
+pointwise(aten.remainder.Scalar, lambda t: t)
+pointwise(aten.remainder.Scalar_Tensor, lambda t, x, self: -(t * (self / x).floor()))
+pointwise(aten.rsub.Scalar, lambda t, alpha: t * -alpha)
+pointwise(aten.sub.Scalar, lambda t: t)
+pointwise(aten.xlogy.Scalar_Other, lambda t, x, other: _xlogy(t, x, x.new_full((), other)))
+pointwise(aten.xlogy.Scalar_Self, lambda t, x, self: t * self / x)
+
+# -- two operands ----------------------------------------------------------------------------------
+
+pointwise(aten.add.Tensor, lambda t: t, lambda t, alpha: _scaled(t, alpha))
+pointwise(
+    aten.atan2.default,
+    lambda t, x, y: t * (y / (x * x + y * y)),
+    lambda t, x, y: -(t * (x / (x * x + y * y))),
+)
+pointwise(
+    aten.clamp_max.Tensor,
+    lambda t, x, y: where(x <= y, t, 0.0),
+    lambda t, x, y: where(x > y, t, 0.0),
+)
+pointwise(
+    aten.clamp_min.Tensor,
+    lambda t, x, y: where(x >= y, t, 0.0),
+    lambda t, x, y: where(x < y, t, 0.0),
+)
+pointwise(aten.complex.default, lambda t: t, lambda t: t * 1j)
+pointwise(aten.copysign.Tensor, _copysign, None)
+pointwise(aten.div.Tensor, lambda t, y: t / y, lambda t, x, y: -(t * ((x / y) / y)))
+pointwise(aten.div.Tensor_mode, _div_mode_x, _div_mode_y)
+pointwise(
+    aten.fmax.default,  # ties go to the first operand, unlike maximum
+    lambda t, x, y: where((x >= y) | y.isnan(), t, 0.0),
+    lambda t, x, y: where((x >= y) | y.isnan(), 0.0, t),
+)
+pointwise(
+    aten.fmin.default,
+    lambda t, x, y: where((x <= y) | y.isnan(), t, 0.0),
+    lambda t, x, y: where((x <= y) | y.isnan(), 0.0, t),
+)
+pointwise(
+    aten.fmod.Tensor,
+    lambda t: t,
+    lambda t, x, y: -(t * torch.div(x, y, rounding_mode="trunc")),
+)
+pointwise(
+    aten.hypot.default,
+    lambda t, x, out: t * (x / out),
+    lambda t, y, out: t * (y / out),
+)
+pointwise(
+    aten.logaddexp.default,
+    lambda t, x, y: t / (1 + (y - x).exp()),
+    lambda t, x, y: t / (1 + (x - y).exp()),
+)
+pointwise(
+    aten.logaddexp2.default,
+    lambda t, x, y: t / (1 + (y - x).exp2()),
+    lambda t, x, y: t / (1 + (x - y).exp2()),
+)
+pointwise(aten.maximum.default, _larger, lambda t, x, y: _larger(t, y, x))
+pointwise(aten.minimum.default, _smaller, lambda t, x, y: _smaller(t, y, x))
+pointwise(aten.mul.Tensor, lambda t, y: t * y, lambda t, x: t * x)
+pointwise(aten.polar.default, lambda t, y: t * (y * 1j).exp(), lambda t, out: t * (out * 1j))
+pointwise(aten.pow.Tensor_Tensor, _pow_base, _pow_exponent)
+pointwise(
+    aten.remainder.Tensor,
+    lambda t: t,
+    lambda t, x, y: -(t * torch.div(x, y, rounding_mode="floor")),
+)
+pointwise(aten.rsub.Tensor, lambda t, alpha: t * -alpha, lambda t: t)
+pointwise(aten.special_xlog1py.default, _xlog1py, lambda t, x, y: t * (x / (y + 1)))
 pointwise(aten.sub.Tensor, lambda t: t, lambda t, alpha: t * -alpha)
+pointwise(aten.xlogy.Tensor, _xlogy, lambda t, x, y: t * (x / y))
+
+# -- three operands --------------------------------------------------------------------------------
+
+pointwise(
+    aten.addcdiv.default,
+    lambda t: t,
+    lambda t, z, value: t * (value / z),
+    lambda t, y, z, value: -(t * (value * (y / (z * z)))),
+)
+pointwise(
+    aten.addcmul.default,
+    lambda t: t,
+    lambda t, z, value: t * _scaled(z, value),
+    lambda t, y, value: t * _scaled(y, value),
+)
+pointwise(
+    aten.clamp.Tensor,
+    lambda t, x, y, z: _clamp(t, x, y, z),
+    _clamp_low,
+    _clamp_high,
+)
+pointwise(aten.lerp.Scalar, lambda t, weight: t * (1 - weight), lambda t, weight: t * weight)
+pointwise(
+    aten.lerp.Tensor,
+    lambda t, z: t * (1 - z),
+    lambda t, z: t * z,
+    lambda t, x, y: t * (y - x),
+)
+pointwise(aten.masked_fill.Scalar, lambda t, y: t.masked_fill(y, 0.0))
+pointwise(
+    aten.masked_fill.Tensor,
+    lambda t, y: t.masked_fill(y, 0.0),
+    None,
+    lambda t, y: where(y, t, 0.0),
+)
+pointwise(aten.where.ScalarOther, None, lambda t, x: where(x, t, 0.0))
+pointwise(aten.where.ScalarSelf, None, lambda t, x: where(x, 0.0, t))
+pointwise(  # the dead branch gets 0, even where its own derivative is not finite
+    aten.where.self,
+    None,
+    lambda t, x: where(x, t, 0.0),
+    lambda t, x: where(x, 0.0, t),
+)
+
+# -- copies ----------------------------------------------------------------------------------------
+
+linear(aten.clone.default, lambda ct: ct)
+linear(aten.lift.default, lambda ct: ct)
+
+
+@vjp_rule(aten._to_copy.default)
+def to_copy_vjp(needs, x, **kwargs):
+    """[*S] -> [*S], in another dtype or on another device, where the cotangent comes back from."""
+    return aten._to_copy.default(x, **kwargs), (x.dtype, x.device), to_copy_pullback
+
+
+def to_copy_pullback(residuals, needs, ct):
+    dtype, device = residuals
+    if ct is None:
+        return (None,)
+    ct = in_dtype(ct, dtype)
+    return (ct if ct.device == device else ct.to(device),)
+
+
+@jvp_rule(aten._to_copy.default)
+def to_copy_jvp(tangents, x, **kwargs):
+    """[*S] -> [*S], the tangent copied likewise."""
+    call = aten._to_copy.default
+    return call(x, **kwargs), call(tangents[0], **kwargs)
+
+
+# -- sgn: not holomorphic --------------------------------------------------------------------------
+
+
+@vjp_rule(aten.sgn.default)
+def sgn_vjp(needs, x):
+    """[*S] -> [*S]; flat for real x."""
+    out = torch.sgn(x)
+    return (out, (x, out), sgn_pullback) if x.is_complex() else (out, (), None)
+
+
+def sgn_pullback(residuals, needs, ct):
+    return (None if ct is None else _around_circle(ct, *residuals),)
+
+
+@jvp_rule(aten.sgn.default)
+def sgn_jvp(tangents, x):
+    """[*S] -> [*S]; flat for real x."""
+    out = torch.sgn(x)
+    return out, _around_circle(tangents[0], x, out) if x.is_complex() else None
+
+
+def _around_circle(t, x, out):
+    """The part of t across the direction of x, over |x|: a symmetric map, so its own transpose."""
+    along = (t * out.conj()).real * out
+    return where(x == 0, 0.0, (t - along) / x.abs())

@@ -1,0 +1,549 @@
+"""In-place semantics: each function is compared with the same one written out of place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamina import grad, jacfwd, jacrev, jvp, vjp, vmap
+from lamina_core.errors import MutationError
+
+# Each transform as a function of (f, xs), where f maps a vector of 4 to a vector, and xs is [3, 4].
+TRANSFORMS = {
+    "plain": lambda f, xs: f(xs[0]),
+    "vmap": lambda f, xs: vmap(f)(xs),
+    "vmap last": lambda f, xs: vmap(f, 1, 1)(xs.T.contiguous()),
+    "grad": lambda f, xs: grad(lambda x: f(x).sin().sum())(xs[0]),
+    "vjp": lambda f, xs: vjp(f, xs[0])[1](f(xs[0]).cos())[0],
+    "jvp": lambda f, xs: torch.stack(jvp(f, (xs[0],), (xs[1],))),
+    "jacrev": lambda f, xs: jacrev(f)(xs[0]),
+    "jacfwd": lambda f, xs: jacfwd(f)(xs[0]),
+    "vmap(grad)": lambda f, xs: vmap(grad(lambda x: f(x).sin().sum()))(xs),
+    "grad(vmap)": lambda f, xs: grad(lambda xs: vmap(f)(xs).sin().sum())(xs),
+    "jvp(grad)": lambda f, xs: jvp(grad(lambda x: f(x).sin().sum()), (xs[0],), (xs[1],))[1],
+    "grad(grad)": lambda f, xs: grad(lambda x: grad(lambda x: f(x).sin().sum())(x).sin().sum())(
+        xs[0]
+    ),
+    "jvp(vmap)": lambda f, xs: jvp(vmap(f), (xs,), (xs.sin(),))[1],
+    "vmap(jvp)": lambda f, xs: vmap(lambda x: jvp(f, (x,), (x.cos(),))[1])(xs),
+    "vmap(vmap)": lambda f, xs: vmap(vmap(f))(torch.stack([xs, xs.sin()])),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs: a function that writes, and its twin that does not
+# ---------------------------------------------------------------------------------------------
+
+PAIRS = []
+
+
+def pair(plain):
+    """Registers a function that writes in place beside its out-of-place twin."""
+
+    def register(writes):
+        PAIRS.append(pytest.param(writes, plain, id=writes.__name__))
+        return writes
+
+    return register
+
+
+@pair(lambda x: x.sin() + x)
+def add_to_a_fresh_tensor(x):
+    y = x.sin()
+    y.add_(x)
+    return y
+
+
+@pair(lambda x: (x.cos() * x - 0.5) / 2)
+def a_chain_of_writes(x):
+    y = x.cos()
+    y *= x
+    y -= 0.5
+    y /= 2
+    return y
+
+
+@pair(lambda x: x.exp() * x.sin())
+def overwrite_everything(x):
+    y = x.cos()
+    y[...] = x.exp() * x.sin()
+    return y
+
+
+@pair(lambda x: torch.cat([x[:1].sin(), x[1:2] * 3, x[2:]]))
+def write_at_indices(x):
+    y = x.clone()
+    y[0] = x[0].sin()
+    y[1] *= 3
+    return y
+
+
+@pair(lambda x: torch.cat([x[:1] * 2, x[1:3] * 2 + 1, x[3:] * 2]).sin())
+def base_written_after_the_view_was_made(x):
+    y = x.clone()
+    view = y[1:3]
+    y.mul_(2)
+    view.add_(1)
+    return y.sin()
+
+
+@pair(lambda x: x[1:3] * 2 * x[:2])
+def view_read_after_the_base_was_written(x):
+    y = x.clone()
+    view = y[1:3]
+    y.mul_(2)
+    return view * x[:2]
+
+
+@pair(lambda x: torch.cat([x[:1], x[1:3].sin(), x[3:]]))
+def view_written_base_read(x):
+    y = x.clone()
+    y[1:3].sin_()
+    return y
+
+
+@pair(lambda x: torch.cat([x[:1], x[1:2], x[2:3].exp() * 2, x[3:] * 2]))
+def view_of_a_view(x):
+    y = x.clone()
+    tail = y[2:]
+    tail[:1].exp_()
+    tail.mul_(2)
+    return y
+
+
+@pair(lambda x: x[1:] * x[:-1].sin() + x[1:] * 0)
+def two_views_that_overlap(x):
+    y = x.clone()
+    left, right = y[:-1], y[1:]
+    kept = left.sin()
+    left.zero_()
+    right.copy_(x[1:])
+    return right * kept
+
+
+@pair(lambda x: torch.stack([x[0] * 2, x[2] * 2, x[1] * 2 + 1, x[3] * 2 + 1]))
+def write_through_a_transpose(x):
+    y = x.reshape(2, 2).clone()
+    z = y.t()
+    y.mul_(2)
+    z[1].add_(1)
+    return z.t().t().reshape(-1)
+
+
+@pair(lambda x: torch.outer(x, x).T.sin().sum(0) + x)
+def transpose_written_whole(x):
+    y = torch.outer(x, x)
+    y.mT.sin_()
+    return y.sum(1) + x
+
+
+@pair(lambda x: (torch.outer(x, x) + torch.diag(x)).sum(0))
+def write_to_a_diagonal(x):
+    y = torch.outer(x, x)
+    y.diagonal().add_(x)
+    return y.sum(0)
+
+
+@pair(lambda x: torch.cat([x.sin()[:2], x.sin()[2:] * 3]))
+def write_through_flatten_and_view(x):
+    y = x.sin().view(2, 2)
+    y.view(-1)[2:].mul_(3)
+    return y.flatten()
+
+
+@pair(lambda x: torch.stack([x, x.cos()]).sum(0))
+def unbind_and_write(x):
+    y = torch.stack([x, x])
+    _, second = y.unbind()
+    second.cos_()
+    return y.sum(0)
+
+
+@pair(lambda x: torch.cat([x[:2] * 2, x[2:] * 3]))
+def split_and_write(x):
+    y = x.clone()
+    first, second = y.split(2)
+    first.mul_(2)
+    second.mul_(3)
+    return y
+
+
+@pair(lambda x: torch.full_like(x, 3.0) * x)
+def fill(x):
+    y = x.sin()
+    y.fill_(3.0)
+    return y * x
+
+
+@pair(lambda x: x[0].sin() * x)
+def fill_with_a_tensor(x):
+    y = torch.zeros_like(x)
+    y.fill_(x[0].sin())
+    return y * x
+
+
+@pair(lambda x: torch.zeros_like(x) + x)
+def zero(x):
+    y = x.sin()
+    y.zero_()
+    return y + x
+
+
+@pair(lambda x: x.sin() * x)
+def copy_into(x):
+    y = x.cos()
+    y.copy_(x.sin())
+    return y * x
+
+
+@pair(lambda x: x.sin())
+def fill_fresh_zeros_entry_by_entry(x):
+    y = torch.zeros(4, dtype=x.dtype)
+    for i in range(4):
+        y[i] = x[i].sin()
+    return y
+
+
+@pair(lambda x: torch.stack([x[0], x[0] + x[1], x[0] + x[1] + x[2], x.sum()]))
+def running_sum_in_a_buffer(x):
+    y = torch.empty(4, dtype=x.dtype)
+    y[0] = x[0]
+    for i in range(1, 4):
+        y[i] = y[i - 1] + x[i]
+    return y
+
+
+@pair(lambda x: torch.stack([x, x.sin(), x.sin().sin()]).sum(0))
+def rows_of_fresh_zeros(x):
+    y = torch.zeros(3, 4, dtype=x.dtype)
+    y[0] = x
+    for i in range(1, 3):
+        y[i] = y[i - 1].sin()
+    return y.sum(0)
+
+
+@pair(lambda x: torch.stack([x * 2, torch.full_like(x, 2.0)]))
+def view_of_fresh_zeros_made_before_the_write(x):
+    y = torch.ones(2, 4, dtype=x.dtype)
+    row = y[0]
+    row.copy_(x)
+    y.mul_(2)
+    return y
+
+
+@pair(lambda x: x * 2 + 1)
+def accumulate_in_a_fresh_scalar_and_vector(x):
+    total = torch.zeros((), dtype=x.dtype)
+    total += 1
+    out = torch.zeros(4, dtype=x.dtype)
+    out += x
+    out += x
+    return out + total
+
+
+@pair(lambda x: x.sum() * x)
+def accumulate_in_a_loop(x):
+    total = torch.zeros((), dtype=x.dtype)
+    for entry in x:
+        total += entry
+    return total * x
+
+
+@pair(lambda x: (x.sin() * 2) * x.sin().cos())
+def residual_written_over_by_mul(x):
+    y = x.sin()
+    z = y.cos()  # y is its residual
+    y.mul_(2)
+    return y * z
+
+
+@pair(lambda x: x.exp() + x.exp() * 0)
+def residual_of_exp_zeroed(x):
+    y = x.exp()  # its own output is the residual
+    kept = y * 1
+    y.zero_()
+    return kept + y
+
+
+@pair(lambda x: torch.outer(x.tanh(), x).sum(0) + x)
+def residual_of_a_product_written_over(x):
+    a, b = x.tanh(), x.clone()
+    product = torch.outer(a, b)
+    a.fill_(5.0)
+    b.copy_(x.exp())
+    return product.sum(0) + x
+
+
+@pair(lambda x: torch.cat([x.sin()[:2] * x.sin()[:2].cos(), x.sin()[2:] * x.sin()[2:].cos()]))
+def residual_written_through_a_view(x):
+    y = x.sin()
+    z = y.cos() * y
+    y[:2].zero_()
+    y[2:] = 7.0
+    return z
+
+
+@pair(lambda x: x.sigmoid() * (1 + x.sigmoid()))
+def a_write_between_two_reads(x):
+    y = x.sigmoid()
+    first = y * 1
+    y.add_(1)
+    return first * y
+
+
+@pair(lambda x: torch.where(x > 0.1, torch.full_like(x, 2.0), x.sin()))
+def masked_fill(x):
+    y = x.sin()
+    y.masked_fill_(x > 0.1, 2.0)
+    return y
+
+
+@pair(lambda x: x.sin().index_add(0, torch.tensor([2, 0]), x[:2] * 3))
+def index_add(x):
+    y = x.sin()
+    y.index_add_(0, torch.tensor([2, 0]), x[:2] * 3)
+    return y
+
+
+@pair(lambda x: torch.stack([x[0].sin(), x[3], x[2].sin(), x[1] * 2]))
+def write_at_a_list_of_indices(x):
+    y = x.sin()
+    y[[1, 3]] = torch.stack([x[3], x[1] * 2])
+    return y
+
+
+@pair(lambda x: x.sin().scatter_add(0, torch.tensor([1, 1, 0, 3]), x.cos()))
+def scatter_add(x):
+    y = x.sin()
+    y.scatter_add_(0, torch.tensor([1, 1, 0, 3]), x.cos())
+    return y
+
+
+@pair(lambda x: torch.relu(x.sin() - 0.1) * x)
+def relu(x):
+    y = torch.relu_(x.sin() - 0.1)
+    return torch.nn.functional.relu(y, inplace=True) * x
+
+
+@pair(lambda x: torch.sin(x) * x)
+def out_variant(x):
+    y = torch.zeros(4, dtype=x.dtype)
+    torch.sin(x, out=y)
+    return y * x
+
+
+@pair(lambda x: x.sin() * x.detach())
+def a_write_to_a_detached_copy(x):
+    y = x.detach().clone()
+    z = x.sin()
+    z.mul_(y)
+    y.zero_()
+    return z
+
+
+@pair(lambda x: x.sin().unsqueeze(0).T.squeeze(1) * 2)
+def shape_changed_in_place(x):
+    y = x.sin()
+    y.unsqueeze_(0)
+    y.t_()
+    y.squeeze_(1)
+    return y.mul_(2)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("writes", "plain"), PAIRS)
+def test_writing_equals_not_writing(writes, plain, transform):
+    torch.manual_seed(0)
+    xs = torch.randn(3, 4, dtype=torch.float64)
+    kept = xs.clone()
+    apply = TRANSFORMS[transform]
+    torch.testing.assert_close(apply(writes, xs), apply(plain, xs))
+    assert torch.equal(xs, kept), "the input was written to"
+
+
+# ---------------------------------------------------------------------------------------------
+# Writes to the input of a transform
+# ---------------------------------------------------------------------------------------------
+
+
+def fresh():
+    return torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_caller_sees_a_write_under_vmap():
+    xs = fresh()
+    out = vmap(lambda x: x.add_(1).sin())(xs)
+    torch.testing.assert_close(xs, fresh() + 1)
+    torch.testing.assert_close(out, (fresh() + 1).sin())
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_the_caller_sees_a_write_through_a_view_under_vmap(dim):
+    def f(x):
+        x[1:2] = x[:1] * 2
+        return x.sum()
+
+    xs = fresh()
+    expected = fresh()
+    for example in expected.unbind(dim):
+        example[1:2] = example[:1] * 2
+    vmap(f, dim)(xs)
+    torch.testing.assert_close(xs, expected)
+
+
+def test_the_caller_sees_a_write_to_an_unmapped_argument():
+    total, xs = torch.zeros(4, dtype=torch.float64), fresh()
+    vmap(lambda total, x: (total.add_(1), x)[1], (None, 0))(total, xs)
+    torch.testing.assert_close(total, torch.ones(4, dtype=torch.float64))
+
+
+def test_the_caller_sees_a_write_under_grad():
+    def f(x, count):
+        count.add_(1)
+        return (x * x).sum()
+
+    x, count = fresh()[0], torch.zeros(())
+    torch.testing.assert_close(grad(f)(x, count), 2 * x)
+    assert count.item() == 1
+
+
+def test_the_caller_sees_a_write_of_a_tracked_value_under_grad():
+    def f(x, running):
+        running.mul_(0.9).add_(x, alpha=0.1)
+        return (x * x).sum()
+
+    x, running = fresh()[0], fresh()[1]
+    torch.testing.assert_close(grad(f)(x, running), 2 * x)
+    torch.testing.assert_close(running, fresh()[1] * 0.9 + x * 0.1)
+    assert not running.requires_grad
+
+
+def test_the_caller_sees_a_write_to_what_is_differentiated():
+    def f(x):
+        x.mul_(2)
+        return x.sin().sum()
+
+    x = fresh()[0]
+    torch.testing.assert_close(grad(f)(x), 2 * (2 * fresh()[0]).cos())
+    torch.testing.assert_close(x, 2 * fresh()[0])
+
+
+def test_the_caller_sees_a_write_under_jvp():
+    def f(x):
+        y = x.sin()
+        x.mul_(2)
+        return y * x
+
+    x = fresh()[0]
+    value, tangent = jvp(f, (x,), (torch.ones_like(x),))
+    old = fresh()[0]
+    torch.testing.assert_close(value, old.sin() * 2 * old)
+    torch.testing.assert_close(tangent, old.cos() * 2 * old + old.sin() * 2)
+    torch.testing.assert_close(x, 2 * old)
+
+
+def test_the_caller_sees_a_write_under_vmap_of_grad():
+    def f(x, running):
+        running.add_(x)
+        return (x * x).sum()
+
+    xs, running = fresh(), torch.zeros(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(vmap(grad(f))(xs, running), 2 * xs)
+    torch.testing.assert_close(running, xs)
+
+
+def test_an_outer_level_sees_a_write_of_an_inner_one():
+    def f(x):
+        y = x.sin()
+        vmap(lambda row: row.mul_(2))(y)
+        return y.sum()
+
+    xs = fresh()
+    torch.testing.assert_close(grad(f)(xs), 2 * xs.cos())
+
+
+# ---------------------------------------------------------------------------------------------
+# Writes to captured tensors
+# ---------------------------------------------------------------------------------------------
+
+CAPTURED_WRITES = {
+    "add_": lambda t, x: t.add_(x),
+    "copy_": lambda t, x: t.copy_(x),
+    "[...] =": lambda t, x: t.__setitem__(..., x),
+    "[1] =": lambda t, x: t.__setitem__(1, x[1]),
+    "view.mul_": lambda t, x: t[:2].mul_(x[:2]),
+    "out=": lambda t, x: torch.sin(x, out=t),
+    "index_add_": lambda t, x: t.index_add_(0, torch.tensor([0, 1, 2, 3]), x),
+}
+
+
+@pytest.mark.parametrize("write", CAPTURED_WRITES)
+def test_a_batched_value_written_to_a_captured_tensor(write):
+    captured = torch.ones(4, dtype=torch.float64)
+
+    def f(x):
+        CAPTURED_WRITES[write](captured, x)
+        return x
+
+    with pytest.raises(MutationError):
+        vmap(f)(fresh())
+    assert torch.equal(captured, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("write", CAPTURED_WRITES)
+def test_a_tracked_value_written_to_a_captured_tensor(write):
+    captured = torch.ones(4, dtype=torch.float64)
+
+    def f(x):
+        CAPTURED_WRITES[write](captured, x)
+        return x.sum()
+
+    with pytest.raises(MutationError):
+        grad(f)(fresh()[0])
+    assert torch.equal(captured, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("write", CAPTURED_WRITES)
+def test_a_dual_value_written_to_a_captured_tensor(write):
+    captured = torch.ones(4, dtype=torch.float64)
+
+    def f(x):
+        CAPTURED_WRITES[write](captured, x)
+        return x.sum()
+
+    with pytest.raises(MutationError):
+        jvp(f, (fresh()[0],), (fresh()[1],))
+    assert torch.equal(captured, torch.ones(4, dtype=torch.float64))
+
+
+def test_an_inner_value_written_to_a_tensor_of_an_outer_level():
+    def outer(x):
+        y = x.sin()
+        return vmap(lambda row: y.add_(row))(torch.ones(2, 4, dtype=torch.float64)).sum()
+
+    with pytest.raises(MutationError):
+        grad(outer)(fresh()[0])
+
+
+def test_an_unbatched_value_written_to_a_captured_tensor():
+    captured = torch.zeros(4)
+
+    def f(x):
+        captured.add_(1)
+        return x + captured[0]
+
+    out = vmap(f)(torch.zeros(3))
+    torch.testing.assert_close(captured, torch.ones(4))
+    torch.testing.assert_close(out, torch.ones(3))
+
+
+def test_a_detached_value_written_to_a_captured_tensor():
+    captured = torch.zeros(4, dtype=torch.float64)
+
+    def f(x):
+        captured.copy_(x.detach())
+        return (x * x).sum()
+
+    x = fresh()[0]
+    torch.testing.assert_close(grad(f)(x), 2 * x)
+    torch.testing.assert_close(captured, x)

@@ -1,0 +1,53 @@
+"""Ops whose results have no derivative: comparisons, roundings, positions, factories.
+
+Gradients through them are zeros, as PyTorch gives them for the roundings.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lamina.autodiff.declare import constant
+from lamina_core.schema import facts
+
+aten = torch.ops.aten
+
+COMPARISONS = """
+    allclose any all eq equal ge greater gt is_nonzero isclose isfinite isin isinf isnan isneginf
+    isposinf isreal le less logical_and logical_not logical_or logical_xor lt ne signbit
+"""
+INTEGERS = """
+    __and__ __lshift__ __or__ __rshift__ __xor__ bitwise_and bitwise_left_shift bitwise_not
+    bitwise_or bitwise_right_shift bitwise_xor bincount bucketize count_nonzero gcd histc lcm
+    nonzero nonzero_static searchsorted
+"""
+POSITIONS = "argmax argmin argsort"
+ROUNDINGS = """
+    ceil fix floor floor_divide heaviside nextafter round sign trunc
+"""
+FACTORIES = """
+    _local_scalar_dense detach empty_like full_like item new_empty new_empty_strided new_full
+    new_ones new_zeros ones_like rand_like randint_like randn_like zero zeros_like
+"""
+
+
+def overloads(names: str) -> list[object]:
+    """Every overload of the ops that writes to nothing."""
+    found = []
+    for name in names.split():
+        packet = getattr(aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            kinds = {str(a.type) for a in op._schema.arguments}
+            if facts(op).mutated or not kinds & {"Tensor", "List[Tensor]"}:
+                continue
+            found.append(op)
+    return found
+
+
+constant(*overloads(COMPARISONS))
+constant(*overloads(INTEGERS))
+constant(*overloads(POSITIONS))
+constant(*overloads(ROUNDINGS))
+constant(*overloads(FACTORIES))
+constant(aten.fill.Scalar)  # of what it overwrites, only the shape and dtype are left

@@ -1,0 +1,117 @@
+"""Derivatives of convolutions, plain and transposed.
+
+All of `conv1d` ... `conv_transpose3d` decompose to `aten.convolution`, whose pullback is one call of
+`aten.convolution_backward`. That op is linear in the cotangent and in the factor that each of its
+outputs uses, so its own derivatives are convolutions and their pullbacks again, to every order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.autodiff.declare import jvp_rule, vjp_rule
+
+aten = torch.ops.aten
+
+_X, _WEIGHT = [True, False, False], [False, True, False]
+
+
+def stand_in(like: Any, shape: Any) -> Any:
+    """A tensor that only shows a shape: one element of memory, values never read."""
+    return like.new_empty(()).expand(shape)
+
+
+@vjp_rule(aten.convolution.default)
+def convolution_rule(needs: Any, x: Any, weight: Any, bias: Any, *settings: Any) -> Any:
+    """[B, C, *S], [K, C/groups, *W], [K] -> [B, K, *T]. A frozen weight keeps x's shape only."""
+    out = aten.convolution.default(x, weight, bias, *settings)
+    sizes = None if bias is None else list(bias.shape)
+    residuals = (x if needs[1] else None, weight, x.shape, sizes, settings)
+    return out, residuals, _convolution_pullback
+
+
+def _convolution_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    x, weight, shape, sizes, settings = residuals
+    x = stand_in(ct, shape) if x is None else x
+    return aten.convolution_backward.default(ct, x, weight, sizes, *settings, list(needs))
+
+
+@jvp_rule(aten.convolution.default)
+def convolution_jvp(tangents: Any, x: Any, weight: Any, bias: Any, *settings: Any) -> Any:
+    """[B, C, *S], [K, C/groups, *W], [K] -> [B, K, *T]; the bias tangent rides on a product."""
+    x_t, weight_t, bias_t = tangents
+    out = aten.convolution.default(x, weight, bias, *settings)
+    total = None
+    if x_t is not None:
+        total = aten.convolution.default(x_t, weight, bias_t, *settings)
+    if weight_t is not None:
+        rider = bias_t if x_t is None else None
+        term = aten.convolution.default(x, weight_t, rider, *settings)
+        total = term if total is None else total + term
+    if total is None:
+        total = _over_channels(bias_t, out)
+    return out, total
+
+
+def _over_channels(bias: Any, out: Any) -> Any:
+    return bias.reshape([-1] + [1] * (out.dim() - 2)).expand(out.shape)
+
+
+@vjp_rule(aten.convolution_backward.default)
+def convolution_backward_rule(
+    needs: Any, ct: Any, x: Any, weight: Any, bias_sizes: Any, *settings: Any
+) -> Any:
+    """ct, x, weight -> x_ct, weight_ct, bias_ct (those the mask asks for)."""
+    out = aten.convolution_backward.default(ct, x, weight, bias_sizes, *settings)
+    residuals = (ct if needs[1] or needs[2] else None, x, weight, settings[:-1])
+    return out, residuals, _convolution_backward_pullback
+
+
+def _convolution_backward_pullback(
+    residuals: Any, needs: Any, x_cc: Any, weight_cc: Any, bias_cc: Any
+) -> Any:
+    """The cotangents of the three cotangents: by <weight_cc, weight_ct> = <conv(x, weight_cc), ct>."""
+    ct, x, weight, settings = residuals
+    out_ct = out_x = out_weight = None
+    if needs[0]:
+        rider = bias_cc
+        if x_cc is not None:
+            out_ct = aten.convolution.default(x_cc, weight, rider, *settings)
+            rider = None
+        if weight_cc is not None:
+            term = aten.convolution.default(x, weight_cc, rider, *settings)
+            out_ct = term if out_ct is None else out_ct + term
+        elif x_cc is None and bias_cc is not None:
+            shown = aten.convolution.default(x, weight, None, *settings)
+            out_ct = _over_channels(bias_cc, shown)
+    if needs[1] and weight_cc is not None:
+        shown = stand_in(ct, x.shape)
+        out_x = aten.convolution_backward.default(ct, shown, weight_cc, None, *settings, _X)[0]
+    if needs[2] and x_cc is not None:
+        shown = stand_in(ct, weight.shape)
+        out_weight = aten.convolution_backward.default(ct, x_cc, shown, None, *settings, _WEIGHT)[1]
+    return out_ct, out_x, out_weight
+
+
+@jvp_rule(aten.convolution_backward.default)
+def convolution_backward_jvp(
+    tangents: Any, ct: Any, x: Any, weight: Any, bias_sizes: Any, *settings: Any
+) -> Any:
+    """ct, x, weight -> x_ct, weight_ct, bias_ct; each is linear in ct and in one factor."""
+    ct_t, x_t, weight_t = tangents
+    *settings, mask = settings
+    out = aten.convolution_backward.default(ct, x, weight, bias_sizes, *settings, mask)
+    x_tt = weight_tt = bias_tt = None
+    if ct_t is not None:
+        x_tt, weight_tt, bias_tt = aten.convolution_backward.default(
+            ct_t, x, weight, bias_sizes, *settings, mask
+        )
+    if weight_t is not None and mask[0]:
+        term = aten.convolution_backward.default(ct, x, weight_t, None, *settings, _X)[0]
+        x_tt = term if x_tt is None else x_tt + term
+    if x_t is not None and mask[1]:
+        term = aten.convolution_backward.default(ct, x_t, weight, None, *settings, _WEIGHT)[1]
+        weight_tt = term if weight_tt is None else weight_tt + term
+    return out, (x_tt, weight_tt, bias_tt)

@@ -1,0 +1,47 @@
+"""Small facts of shapes and dtypes that rule files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["count_of", "dims_of", "in_dtype", "keep_dims", "restored"]
+
+
+def in_dtype(ct: Any, dtype: Any) -> Any:
+    """A cotangent in the dtype of its primal: the real part where that is real."""
+    if ct.dtype is dtype:
+        return ct
+    if ct.is_complex() and not dtype.is_complex:
+        ct = ct.real
+    return ct if ct.dtype is dtype else ct.to(dtype)
+
+
+def dims_of(rank: int, dim: Any) -> list[int]:
+    """The dims that a reduction reduces, from 0; None and the empty list are all of them."""
+    if dim is None:
+        return list(range(rank))
+    if isinstance(dim, int):
+        return [dim % rank] if rank else []
+    return sorted({d % rank for d in dim}) if len(dim) and rank else list(range(rank))
+
+
+def count_of(shape: Any, dim: Any) -> Any:
+    """How many elements go into one result of a reduction over `dim`."""
+    count = 1
+    for d in dims_of(len(shape), dim):
+        count = count * shape[d]
+    return count
+
+
+def keep_dims(x: Any, rank: int, dim: Any, keepdim: bool) -> Any:
+    """Give a reduced tensor its reduced dims back, with size 1."""
+    if keepdim or rank == 0:
+        return x
+    for d in dims_of(rank, dim):
+        x = x.unsqueeze(d)
+    return x
+
+
+def restored(x: Any, shape: Any, dim: Any, keepdim: bool) -> Any:
+    """Expand a reduced tensor to the shape of what was reduced: the transpose of a sum."""
+    return keep_dims(x, len(shape), dim, keepdim).expand(shape)
