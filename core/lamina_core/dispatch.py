@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lamina_core import shortcuts as _shortcuts
 from lamina_core.interpreter import Interpreter, OuterState, thread_mode
 from lamina_core.schema import facts
 from lamina_core.wrapper import LevelTensor, highest_interpreter, strip_dead

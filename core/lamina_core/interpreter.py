@@ -75,6 +75,7 @@ class LevelMode(TorchDispatchMode):
         super().__init__()
         self.top: Interpreter | None = None
         self.outer: OuterState | None = None
+        self.depth = 0  # of torch's stack of modes, this one included
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -102,7 +103,7 @@ class _Thread(threading.local):
         self.mode = LevelMode()
 
 
-_thread = _Thread()
+_thread = _Thread()  # also read by `shortcuts`, where a function call would cost too much
 
 
 def thread_mode() -> LevelMode:
@@ -171,6 +172,7 @@ class Interpreter:
             guard.__enter__()
             undo.append(guard)
             mode.__enter__()
+            mode.depth = _C._len_torch_dispatch_stack()
             undo.append(mode)
         else:
             self.level = below.level + 1

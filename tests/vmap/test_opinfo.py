@@ -41,6 +41,11 @@ def test_inplace_of_the_rest(other):
     hold(other, "inplace", strict=False)
 
 
+@pytest.mark.exhaustive
+def test_random_of_the_rest(other):
+    hold(other, "random", strict=False)
+
+
 def test_the_curated_lists_state_facts():
     for name in [name for family in CURATED.values() for name in family.split()]:
         op = database()[name]

@@ -136,7 +136,10 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
         if rule is None or tangents is None:
             out = constant_outputs(interpreter, known, args, cut)
         else:
-            value, tangent = rule(interpreter, tangents, cut.args, cut.kwargs)
+            found = rule(interpreter, tangents, cut.args, cut.kwargs)
+            if found is NotImplemented:  # the rule leaves this call to the ops it is made of
+                return decompose_handler(op.decompose)(interpreter, op, args, kwargs)
+            value, tangent = found
             if isinstance(value, Tensor) and cut.args and value is cut.args[0]:
                 return args[0]
             out = _wrap(interpreter, known, value, tangent)

@@ -24,7 +24,7 @@ from lamina.autodiff.operands import (
     split,
 )
 from lamina.autodiff.tape import Node
-from lamina.autodiff.wrappers import TrackedTensor, track
+from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina_core.alias import mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter
@@ -172,6 +172,8 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
             out = constant_outputs(interpreter, known, args, cut)
         else:
             out = record(interpreter, known, rule, cut, positions)
+            if out is NotImplemented:  # the rule leaves this call to the ops it is made of
+                return decompose_handler(op.decompose)(interpreter, op, args, kwargs)
             if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
                 return args[0]
         if known.is_view and interpreter.is_own(args[0]):
@@ -207,7 +209,10 @@ def apply_vjp(
 def record(interpreter: Any, known: OpFacts, rule: Any, cut: Split, positions: Any) -> Any:
     """Run a rule and put its node on the tape."""
     needs = tuple([position is not None for position in positions])
-    out, residuals, pullback = apply_vjp(interpreter, known, rule, needs, cut.args, cut.kwargs)
+    found = apply_vjp(interpreter, known, rule, needs, cut.args, cut.kwargs)
+    if found is NotImplemented:
+        return found
+    out, residuals, pullback = found
     if isinstance(out, Tensor):
         if pullback is None or not (out.is_floating_point() or out.is_complex()):
             return track(interpreter, out, None)
@@ -262,9 +267,17 @@ def _pointwise_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
 
 
 def _unary_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    """The usual case: one real operand of the output's dtype, at most one residual."""
-    function, *saved = residuals
-    return (function(ct, *saved),)
+    """The usual case: one real operand of the output's dtype, one residual."""
+    function, saved = residuals
+    return (function(ct, saved),)
+
+
+def _unary_plain_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    """As above, for a product that needs nothing but the cotangent."""
+    return (residuals[0](ct),)
+
+
+_NO = (None,)
 
 
 def _pointwise_rule(declared: Pointwise) -> Any:
@@ -323,52 +336,52 @@ def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
                     out = call(value, *args[1:], **kwargs)
                 dtype = out.dtype
                 if dtype is value.dtype and dtype.is_floating_point:
-                    saved: Any = (function, value) if wants == "x" else (function, out)
+                    place = ((x.node, x.index),)
                     if wants == "none":
-                        saved = (function,)
-                    node = Node(name, _unary_pullback, saved, _ONE, ((x.node, x.index),))
-                    return track(interpreter, out, node)
+                        node = Node(name, _unary_plain_pullback, (function,), _ONE, place, 1, _NO)
+                    else:
+                        saved = (function, value if wants == "x" else out)
+                        node = Node(name, _unary_pullback, saved, _ONE, place)
+                    return track_like(x, out, node)
         return handle(interpreter, op, args, kwargs)
 
     def binary(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         # HOT: two operands of one shape and dtype, or one and a Python number.
-        if len(args) != 2 or kwargs:
+        if len(args) != 2 or kwargs or not (interpreter.grad_enabled and _is_grad_enabled()):
             return handle(interpreter, op, args, kwargs)
         x, y = args
-        x_at = y_at = None
-        if type(x) is TrackedTensor and x.interpreter is interpreter:
-            if x.node is not None:
-                x_at = (x.node, x.index)
-            x = x.value
-        elif isinstance(x, Tensor):
+        if type(x) is not TrackedTensor or x.interpreter is not interpreter:
             return handle(interpreter, op, args, kwargs)
+        x_value, x_at, y_at = x.value, None, None
+        if x.node is not None:
+            x_at = (x.node, x.index)
         if type(y) is TrackedTensor and y.interpreter is interpreter:
+            y_value = y.value
             if y.node is not None:
                 y_at = (y.node, y.index)
-            y = y.value
-            if x.shape != y.shape or x.dtype is not y.dtype:
+            if (
+                x.logical != y.logical
+                or y.strides is not None
+                or x_value.dtype is not y_value.dtype
+            ):
                 return handle(interpreter, op, args, kwargs)
         elif isinstance(y, Tensor):
             return handle(interpreter, op, args, kwargs)
-        if (
-            (x_at is None and y_at is None)
-            or not x.dtype.is_floating_point
-            or not (interpreter.grad_enabled and _is_grad_enabled())
-        ):
+        else:
+            y_value = y
+        if not (x_at or y_at) or not x_value.dtype.is_floating_point:
             return handle(interpreter, op, args, kwargs)
-        out = call_two(op, call, x, y)
-        if out.dtype is not x.dtype:
+        out = call_two(op, call, x_value, y_value)
+        if out.dtype is not x_value.dtype:
             return handle(interpreter, op, args, kwargs)
         saved = (
-            None if x_at is None else functions[0],
-            None if x_at is None else _saved(only[0], out, x, y),
-            None if y_at is None else functions[1],
-            None if y_at is None else _saved(only[1], out, x, y),
+            functions[0] if x_at else None,
+            _saved(only[0], out, x_value, y_value) if x_at else None,
+            functions[1] if y_at else None,
+            _saved(only[1], out, x_value, y_value) if y_at else None,
         )
         needs = (x_at is not None, y_at is not None)
-        return track(
-            interpreter, out, Node(name, _binary_pullback, saved, needs, (x_at, y_at))
-        )
+        return track_like(x, out, Node(name, _binary_pullback, saved, needs, (x_at, y_at)))
 
     fast = handle
     if positions == (0,) and only[0] in ("none", "out", "x"):

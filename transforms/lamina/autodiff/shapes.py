@@ -42,6 +42,6 @@ def keep_dims(x: Any, rank: int, dim: Any, keepdim: bool) -> Any:
     return x
 
 
-def restored(x: Any, shape: Any, dim: Any, keepdim: bool) -> Any:
+def restored(ct: Any, x_shape: Any, dim: Any, keepdim: bool) -> Any:
     """Expand a reduced tensor to the shape of what was reduced: the transpose of a sum."""
-    return keep_dims(x, len(shape), dim, keepdim).expand(shape)
+    return keep_dims(ct, len(x_shape), dim, keepdim).expand(x_shape)

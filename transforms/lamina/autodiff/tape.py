@@ -7,9 +7,9 @@ every node has received all its cotangents when its turn comes.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Node:
         needs: tuple[bool, ...],
         parents: tuple[tuple[Node, int] | None, ...],
         outputs: int = 1,
+        versions: Sequence[int | None] | None = None,
     ) -> None:
         self.name = name
         self.pullback = pullback
@@ -69,22 +70,26 @@ class Node:
         self.parents = parents
         self.outputs = outputs
         self.sequence = next(_sequence)
-        self.versions = _versions(residuals)
+        self.versions = _versions(residuals) if versions is None else versions
 
-    def check_residuals(self) -> None:
-        """Raise where a residual has been written to since it was saved."""
+
+def _written_over(node: Node) -> MutationError:
+    """The error for a residual that has been written to since it was saved."""
+    lines = [
+        f"residual {position} of shape {list(residual.shape)}: version {residual._version}, "
+        f"saved at version {version}"
         for position, (residual, version) in enumerate(
-            zip(self.residuals or (), self.versions, strict=True)
-        ):
-            if version is not None and residual._version != version:
-                raise MutationError(
-                    message(
-                        f"a tensor that the gradient of {self.name} needs was written to in place",
-                        f"residual {position} of shape {list(residual.shape)}: version "
-                        f"{residual._version}, saved at version {version}",
-                        "to fix: write to a clone of it",
-                    )
-                )
+            zip(node.residuals or (), node.versions, strict=True)
+        )
+        if version is not None and residual._version != version
+    ]
+    return MutationError(
+        message(
+            f"a tensor that the gradient of {node.name} needs was written to in place",
+            *lines,
+            "to fix: write to a clone of it",
+        )
+    )
 
 
 def _versions(residuals: Any) -> list[int | None]:
@@ -131,46 +136,53 @@ def backward(
     heap: list[int] = []
     owned: set[int] = set()
 
-    def send(position: tuple[Node, int], ct: Any) -> None:
-        node, index = position
-        entry = pending.get(node.sequence)
-        if entry is None:
-            received: list[Any] = [None] * node.outputs
-            received[index] = ct
-            pending[node.sequence] = (node, received)
-            heapq.heappush(heap, -node.sequence)
-        else:
+    def send(node: Node, index: int, ct: Any) -> None:
+        sequence = node.sequence
+        entry = pending.get(sequence)
+        if entry is not None:
             accumulate(entry[1], index, ct, owned)
+            return
+        if node.outputs == 1:
+            received = [ct]
+        else:
+            received = [None] * node.outputs
+            received[index] = ct
+        pending[sequence] = (node, received)
+        heappush(heap, -sequence)
 
     for position, ct in zip(outputs, cotangents, strict=True):
         if position is not None and ct is not None:
-            send(position, ct)
-    position = ct = None
+            send(*position, ct)
+    ct = received = residuals = cts = None  # whatever is named here would live through the pass
     while heap:
-        sequence = -heapq.heappop(heap)
+        sequence = -heappop(heap)
         node, received = pending.pop(sequence)
-        if node.pullback is None:
+        pullback = node.pullback
+        if pullback is None:
             if sequence in results:
                 results[sequence] = received[0]
             continue
         residuals = node.residuals
         if residuals is None:
             raise RuleError(f"the tape of {node.name} has been released by an earlier pass")
-        if node.versions:
-            node.check_residuals()
-        cts = node.pullback(residuals, node.needs, *received)
-        # The sums whose buffer is ours end here: an id may be used again from now on.
-        for ct in received:
-            owned.discard(id(ct))
-        received = ct = None  # type: ignore[assignment]
+        for residual, version in zip(residuals, node.versions):  # noqa: B905 - HOT
+            if version is not None and residual._version != version:
+                raise _written_over(node)
+        residual = None
+        cts = pullback(residuals, node.needs, *received)
+        if owned:
+            # The sums whose buffer is ours end here: an id may be used again from now on.
+            for ct in received:
+                owned.discard(id(ct))
+        received = None
         if release:
             node.residuals = residuals = None
         if config.debug:
             _check(node, cts)
-        for parent, ct in zip(node.parents, cts, strict=True):
+        for parent, ct in zip(node.parents, cts):  # noqa: B905 - HOT
             if parent is not None and ct is not None:
-                send(parent, ct)
-        cts = ct = None  # type: ignore[assignment]
+                send(*parent, ct)
+        cts = ct = None
     return [results[node.sequence] for node in inputs]
 
 

@@ -17,7 +17,9 @@ __all__ = [
     "behind_batch",
     "ensure_batched",
     "fold",
+    "from_end",
     "infer_size",
+    "logical_dims",
     "logical_rank",
     "logical_shape",
     "move_batch",
@@ -26,6 +28,7 @@ __all__ = [
     "physical",
     "physical_dims",
     "physical_size",
+    "shifted",
     "unfold",
     "without",
 ]
@@ -67,6 +70,11 @@ def physical(dim: int, x: Any, x_bdim: int | None) -> int:
 def physical_dims(dims: Sequence[int], x: Any, x_bdim: int | None) -> list[int]:
     """`physical` for several dims."""
     return [physical(dim, x, x_bdim) for dim in dims]
+
+
+def logical_dims(x: Any, x_bdim: int | None) -> list[int]:
+    """All physical dims but the batch dim."""
+    return [dim for dim in range(x.dim()) if dim != x_bdim]
 
 
 def batch_first(x: Any, x_bdim: int | None) -> Any:
@@ -180,3 +188,13 @@ def align(
             x = x.unsqueeze(to).expand(physical_size(x.shape, to, size))
         aligned.append(move_batch(x, bdim, to))
     return aligned, to
+
+
+def from_end(x: Any, count: int) -> int:
+    """The physical dim that is `count` from the end: 1 is the last."""
+    return int(x.dim()) - count
+
+
+def shifted(x: Any, rank: int) -> Any:
+    """A value with its batch dim first, of physical rank `rank`: 1s go behind the batch dim."""
+    return x if x.dim() >= rank else pad_rank(x, 0, rank - 1)

@@ -70,6 +70,8 @@ def resolve(op: Any) -> Handler:
     known = facts(op)
     rule = RULES.lookup(op)
     if rule is not None:
+        if rule.state == "decomposed":
+            return _decompose_handler(rule.function)
         return _rule_handler(rule, known)
     if known.mutated:
         return in_place_handler(known)
@@ -231,7 +233,11 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
         if kwarg_dims:
             info = Info(interpreter, info.batch_size, info.randomness)
             info.kwarg_dims = kwarg_dims
-        out, out_dims = function(info, dims, *values, **inner)
+        answer = function(info, dims, *values, **inner)
+        if answer is NotImplemented:  # the rule leaves this case to the decomposition
+            with run_at(interpreter):
+                return op.decompose(*args, **kwargs)
+        out, out_dims = answer
         if config.debug:
             _check(interpreter, rule, out, out_dims)
         if isinstance(out, Tensor) and known.returns == ("tensor",):

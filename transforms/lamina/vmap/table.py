@@ -8,7 +8,7 @@ from lamina_core.dispatch import lower
 from lamina_core.interpreter import Interpreter
 from lamina_core.rules import RuleTable
 
-__all__ = ["RULES", "Info", "batching_rule"]
+__all__ = ["RULES", "Info", "batching_rule", "decomposition"]
 
 RULES = RuleTable("batching")
 
@@ -48,5 +48,20 @@ def batching_rule(*ops: Any, state: str = "rule") -> Callable[[Any], Any]:
         for op in ops:
             RULES.register(op, rule, state=state)
         return rule
+
+    return register
+
+
+def decomposition(*ops: Any) -> Callable[[Any], Any]:
+    """Register the decorated function as what the given overloads are made of.
+
+    It has the op's own signature and runs as code of the level, on the wrappers themselves: for ops
+    that write to their arguments unsaid, draw random numbers, or have no batched form of their own.
+    """
+
+    def register(function: Any) -> Any:
+        for op in ops:
+            RULES.register(op, function, state="decomposed")
+        return function
 
     return register

@@ -1,7 +1,7 @@
 """Derivatives of activation functions, and of the fused ops that compute those derivatives.
 
-`x` is the cotangent and `y` the operand (or the result) in the products of a `*_backward` op. Each of
-these is linear in its cotangent, so the first product is the op itself.
+In the products of a `*_backward` op, `x` is the cotangent and `y` the operand (or the result). Each
+of these ops is linear in its cotangent, so the first product is the op itself.
 """
 
 from __future__ import annotations
@@ -96,16 +96,12 @@ pointwise(
     lambda t, x, y: where(x > 0, t, y * t),
     lambda t, x: where(x > 0, 0.0, x * t),
 )
-pointwise(
-    aten.celu.default, lambda t, x, alpha: elu_backward(t, alpha, 1.0, 1.0 / alpha, False, x)
-)
+pointwise(aten.celu.default, lambda t, x, alpha: elu_backward(t, alpha, 1.0, 1.0 / alpha, False, x))
 pointwise(
     aten.elu.default,
     lambda t, x, alpha, scale, input_scale: elu_backward(t, alpha, scale, input_scale, False, x),
 )
-pointwise(
-    aten.gelu.default, lambda t, x, approximate: gelu_backward(t, x, approximate=approximate)
-)
+pointwise(aten.gelu.default, lambda t, x, approximate: gelu_backward(t, x, approximate=approximate))
 pointwise(aten.hardshrink.default, lambda t, x, lambd: hardshrink_backward(t, x, lambd))
 pointwise(aten.hardsigmoid.default, lambda t, x: hardsigmoid_backward(t, x))
 pointwise(aten.hardswish.default, lambda t, x: hardswish_backward(t, x))
@@ -175,10 +171,10 @@ pointwise(threshold_backward, lambda t, y, threshold: threshold_backward(t, y, t
 @vjp_rule(aten.glu.default)
 def glu_vjp(needs, x, dim=-1):
     """[.., 2n, ..] -> [.., n, ..]"""
-    return aten.glu.default(x, dim), (x, dim), glu_pullback
+    return aten.glu.default(x, dim), (x, dim), _glu_pullback
 
 
-def glu_pullback(residuals, needs, ct):
+def _glu_pullback(residuals, needs, ct):
     x, dim = residuals
     return (None if ct is None else aten.glu_backward.default(ct, x, dim),)
 

@@ -187,7 +187,9 @@ pointwise(aten.tan.default, lambda t, out: t * (1 + out * out))
 pointwise(aten.add.Scalar, lambda t: t)
 pointwise(aten.copysign.Scalar, _copysign)
 pointwise(aten.div.Scalar, lambda t, other: t / other)
-pointwise(aten.div.Scalar_mode, lambda t, other, rounding_mode: _div_mode_x(t, other, rounding_mode))
+pointwise(
+    aten.div.Scalar_mode, lambda t, other, rounding_mode: _div_mode_x(t, other, rounding_mode)
+)
 pointwise(aten.fmod.Scalar, lambda t: t)
 pointwise(aten.mul.Scalar, lambda t, other: t * other)
 pointwise(aten.pow.Scalar, _pow_of_number)
@@ -318,10 +320,10 @@ linear(aten.lift.default, lambda ct: ct)
 @vjp_rule(aten._to_copy.default)
 def to_copy_vjp(needs, x, **kwargs):
     """[*S] -> [*S], in another dtype or on another device, where the cotangent comes back from."""
-    return aten._to_copy.default(x, **kwargs), (x.dtype, x.device), to_copy_pullback
+    return aten._to_copy.default(x, **kwargs), (x.dtype, x.device), _to_copy_pullback
 
 
-def to_copy_pullback(residuals, needs, ct):
+def _to_copy_pullback(residuals, needs, ct):
     dtype, device = residuals
     if ct is None:
         return (None,)
@@ -343,10 +345,10 @@ def to_copy_jvp(tangents, x, **kwargs):
 def sgn_vjp(needs, x):
     """[*S] -> [*S]; flat for real x."""
     out = torch.sgn(x)
-    return (out, (x, out), sgn_pullback) if x.is_complex() else (out, (), None)
+    return (out, (x, out), _sgn_pullback) if x.is_complex() else (out, (), None)
 
 
-def sgn_pullback(residuals, needs, ct):
+def _sgn_pullback(residuals, needs, ct):
     return (None if ct is None else _around_circle(ct, *residuals),)
 
 

@@ -27,6 +27,10 @@ def _along(op: Any, x: Any, x_bdim: int, *before: Any, dim: int, keepdim: Any, *
     return tuple(out.squeeze(at) for out in outs) if scalar else tuple(outs), x_bdim
 
 
+def _examples_flat(x: Any, x_bdim: int) -> Any:
+    return at_least_1d(batch_first(x, x_bdim), 0).flatten(1)
+
+
 @batching_rule(aten.kthvalue.default)
 def kthvalue(info: Any, in_dims: Any, x: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
     """[B, *S] -> [B, *S without dim], twice."""
@@ -36,7 +40,7 @@ def kthvalue(info: Any, in_dims: Any, x: Any, k: int, dim: int = -1, keepdim: bo
 @batching_rule(aten.median.default)
 def median(info: Any, in_dims: Any, x: Any) -> Any:
     """[B, *S] -> [B]"""
-    return batch_first(x, in_dims[0]).flatten(1).median(1).values, 0
+    return _examples_flat(x, in_dims[0]).median(1).values, 0
 
 
 @batching_rule(aten.median.dim)
@@ -54,7 +58,7 @@ def mode(info: Any, in_dims: Any, x: Any, dim: int = -1, keepdim: bool = False) 
 @batching_rule(aten.nanmedian.default)
 def nanmedian(info: Any, in_dims: Any, x: Any) -> Any:
     """[B, *S] -> [B]"""
-    return batch_first(x, in_dims[0]).flatten(1).nanmedian(1).values, 0
+    return _examples_flat(x, in_dims[0]).nanmedian(1).values, 0
 
 
 @batching_rule(aten.nanmedian.dim)

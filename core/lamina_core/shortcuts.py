@@ -1,0 +1,95 @@
+"""Methods and operators of wrappers that reach their interpreter without a trip through C++.
+
+`x * y` on a wrapper normally goes through PyTorch's argument parser and dispatcher before it comes
+back to Python as `aten.mul.Tensor`: 2.1 us. Where the outcome is known beforehand, because the
+wrapper belongs to the innermost transform and no other dispatch mode is active inside it, the
+operator calls the interpreter itself, with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out: autocast works above
+the dispatch modes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina_core.interpreter import _thread
+from lamina_core.wrapper import LevelTensor
+
+__all__: list[str] = []
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+_stack_length = torch._C._len_torch_dispatch_stack
+_pop = torch._C._pop_torch_dispatch_stack
+_push = torch._C._push_on_torch_dispatch_stack
+
+
+def _unary(op: Any, usual: Any) -> Any:
+    def method(self: Any) -> Any:
+        mode = _thread.mode
+        interpreter = self.interpreter
+        if interpreter is mode.top:
+            length = _stack_length()
+            if length == mode.depth:
+                _pop(None)
+                try:
+                    return interpreter.process(op, (self,), {})
+                finally:
+                    _push(mode)
+            if length < mode.depth:
+                return interpreter.process(op, (self,), {})
+        return usual(self)
+
+    method.__name__ = usual.__name__
+    method.__doc__ = usual.__doc__
+    return method
+
+
+def _binary(op: Any, usual: Any) -> Any:
+    def method(self: Any, other: Any) -> Any:
+        mode = _thread.mode
+        interpreter = self.interpreter
+        if interpreter is mode.top and (
+            isinstance(other, Tensor) or type(other) is float or type(other) is int
+        ):
+            length = _stack_length()
+            if length == mode.depth:
+                _pop(None)
+                try:
+                    return interpreter.process(op, (self, other), {})
+                finally:
+                    _push(mode)
+            if length < mode.depth:
+                return interpreter.process(op, (self, other), {})
+        return usual(self, other)
+
+    method.__name__ = usual.__name__
+    method.__doc__ = usual.__doc__
+    return method
+
+
+_UNARY = {
+    "__neg__": aten.neg.default,
+    "abs": aten.abs.default,
+    "cos": aten.cos.default,
+    "neg": aten.neg.default,
+    "relu": aten.relu.default,
+    "sigmoid": aten.sigmoid.default,
+    "sin": aten.sin.default,
+    "sqrt": aten.sqrt.default,
+    "tanh": aten.tanh.default,
+}
+_BINARY = {
+    "__add__": aten.add.Tensor,
+    "__mul__": aten.mul.Tensor,
+    "__radd__": aten.add.Tensor,
+    "__rmul__": aten.mul.Tensor,
+    "__sub__": aten.sub.Tensor,
+    "__truediv__": aten.div.Tensor,
+}
+
+for _name, _op in _UNARY.items():
+    setattr(LevelTensor, _name, _unary(_op, getattr(Tensor, _name)))
+for _name, _op in _BINARY.items():
+    setattr(LevelTensor, _name, _binary(_op, getattr(Tensor, _name)))

@@ -1,0 +1,374 @@
+"""Derivatives of normalisations: layer, group, batch and RMS norm.
+
+The first three are one function seen through different reshapes: `xhat = (x - mean) * rstd` with the
+statistics taken over some dims, then an affine map. # NOTE [Statistics are operands]: the `*_backward`
+ops take mean and rstd as operands, and the rules here differentiate them as such, while the rule
+of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then a plain partial
+derivative, and derivatives of every order come out exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+
+aten = torch.ops.aten
+
+
+# -- what the families share -----------------------------------------------------------------------
+
+
+def _as(value: Any, like: Any) -> Any:
+    """In the dtype of `like`: half-precision inputs meet float32 statistics."""
+    return value if value is None or value.dtype is like.dtype else value.to(like.dtype)
+
+
+def _plus(first: Any, second: Any) -> Any:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _size(shape: Any, dims: list[int]) -> Any:
+    count = 1
+    for dim in dims:
+        count = count * shape[dim]
+    return count
+
+
+def _of_statistics(x: Any, mean: Any, rstd: Any, mean_ct: Any, rstd_ct: Any, dims: Any) -> Any:
+    """The cotangent of x from those of its mean and rstd; `d rstd / d x = -rstd^2 xhat / n`."""
+    total = None
+    count = _size(x.shape, dims)
+    if mean_ct is not None:
+        total = (mean_ct / count).expand(x.shape)
+    if rstd_ct is not None:
+        total = _plus(total, (rstd_ct * rstd.pow(3) / -count) * (x - mean))
+    return total
+
+
+def _statistics_t(x: Any, mean: Any, rstd: Any, x_t: Any, dims: Any) -> tuple[Any, Any]:
+    """The tangents of mean and rstd."""
+    mean_t = x_t.mean(dims, keepdim=True)
+    rstd_t = -rstd.pow(3) * ((x - mean) * x_t).mean(dims, keepdim=True)
+    return mean_t, rstd_t
+
+
+def _second(given: Any, needs: Any, cts: Any, dims: Any, live: bool) -> tuple[Any, ...]:
+    """Cotangents of (ct, x, mean, rstd, weight) for the pullback of an affine normalisation.
+
+    All tensors come in shapes that broadcast: the statistics with size 1 in `dims`, the weight
+    with size 1 in the dims that it is shared over. With `dy = ct * weight` the pullback is
+    `x_ct = rstd * (dy - mean(dy) - xhat * mean(dy * xhat))` where the statistics are `live`, else
+    `rstd * dy`; `weight_ct = sum(ct * xhat)` and `bias_ct = sum(ct)`.
+    """
+    ct, x, mean, rstd, weight = given
+    x_cc, weight_cc, bias_cc = cts
+    centred = x - mean
+    xhat = centred * rstd
+    dy = ct if weight is None else ct * weight
+    ct_ct = xhat_ct = rstd_ct = weight_ct = None
+    if x_cc is not None:
+        through = x_cc  # the projection is symmetric: it serves both directions
+        inner = dy
+        if live:
+            a = (x_cc * xhat).mean(dims, keepdim=True)
+            b = (dy * xhat).mean(dims, keepdim=True)
+            through = x_cc - x_cc.mean(dims, keepdim=True) - xhat * a
+            inner = dy - dy.mean(dims, keepdim=True) - xhat * b
+            xhat_ct = -rstd * (x_cc * b + dy * a)
+        through = through * rstd
+        ct_ct = through if weight is None else through * weight
+        if needs[4]:
+            weight_ct = unbroadcast(through * ct, weight.shape)
+        rstd_ct = unbroadcast(x_cc * inner, rstd.shape)
+    if weight_cc is not None:
+        ct_ct = _plus(ct_ct, weight_cc * xhat)
+        xhat_ct = _plus(xhat_ct, weight_cc * ct)
+    if bias_cc is not None:
+        ct_ct = _plus(ct_ct, bias_cc.expand(x.shape))
+    x_ct = mean_ct = None
+    if xhat_ct is not None:
+        x_ct = xhat_ct * rstd
+        mean_ct = -unbroadcast(x_ct, mean.shape)
+        rstd_ct = _plus(rstd_ct, unbroadcast(xhat_ct * centred, rstd.shape))
+    return ct_ct, x_ct, mean_ct, rstd_ct, weight_ct
+
+
+def _affine(xhat: Any, xhat_t: Any, weight: Any, weight_t: Any, bias_t: Any) -> Any:
+    """The tangent of `xhat * weight + bias`."""
+    total = xhat_t
+    if total is not None and weight is not None:
+        total = total * weight
+    if weight_t is not None:
+        total = _plus(total, xhat * weight_t)
+    if bias_t is not None:
+        total = _plus(total, bias_t.expand(xhat.shape))
+    return total
+
+
+def _shaped(value: Any, shape: Any) -> Any:
+    return None if value is None else value.reshape(shape)
+
+
+# -- layer norm ------------------------------------------------------------------------------------
+
+
+def _last(x: Any, normalized_shape: Any) -> list[int]:
+    return list(range(x.dim() - len(normalized_shape), x.dim()))
+
+
+@vjp_rule(aten.layer_norm.default)
+def layer_norm_rule(
+    needs: Any,
+    x: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
+    """[*B, *S], S, [*S], [*S] -> [*B, *S]."""
+    (out, _, _), residuals, _ = native_layer_norm_rule(needs, x, normalized_shape, weight, bias, eps)
+    return out, residuals, _layer_norm_pullback
+
+
+@vjp_rule(aten.native_layer_norm.default)
+def native_layer_norm_rule(
+    needs: Any, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float
+) -> Any:
+    """[*B, *S], S, [*S], [*S] -> [*B, *S], mean [*B, *1], rstd [*B, *1]."""
+    outs = aten.native_layer_norm.default(x, normalized_shape, weight, bias, eps)
+    residuals = (x, normalized_shape, outs[1], outs[2], weight, bias)
+    return outs, residuals, _layer_norm_pullback
+
+
+def _layer_norm_pullback(
+    residuals: Any, needs: Any, ct: Any, mean_ct: Any = None, rstd_ct: Any = None
+) -> Any:
+    x, shape, mean, rstd, weight, bias = residuals
+    cts = (None, None, None)
+    if ct is not None:
+        cts = aten.native_layer_norm_backward.default(
+            ct, x, shape, mean, rstd, weight, bias, list(needs)
+        )
+    if needs[0] and (mean_ct is not None or rstd_ct is not None):
+        term = _of_statistics(x, mean, rstd, mean_ct, rstd_ct, _last(x, shape))
+        cts = (_plus(cts[0], _as(term, x)), *cts[1:])
+    return cts
+
+
+def _layer_norm_jvp(tangents: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    x_t, weight_t, bias_t = tangents
+    outs = aten.native_layer_norm.default(x, shape, weight, bias, eps)
+    _, mean, rstd = outs
+    xhat_t = xhat = x
+    mean_t = rstd_t = xhat_t = None
+    if x_t is not None:
+        # The Jacobian of x -> xhat is symmetric, so its pullback pushes tangents as well.
+        xhat_t = aten.native_layer_norm_backward.default(
+            x_t, x, shape, mean, rstd, None, None, [True, False, False]
+        )[0]
+    if weight_t is not None:
+        xhat = (x - mean) * rstd
+    out_t = _as(_affine(xhat, xhat_t, weight, weight_t, bias_t), x)
+    return outs, (out_t, mean_t, rstd_t)
+
+
+@jvp_rule(aten.layer_norm.default)
+def layer_norm_jvp(
+    tangents: Any,
+    x: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
+    """[*B, *S], S, [*S], [*S] -> [*B, *S]."""
+    outs, outs_t = _layer_norm_jvp(tangents, x, normalized_shape, weight, bias, eps)
+    return outs[0], outs_t[0]
+
+
+@jvp_rule(aten.native_layer_norm.default)
+def native_layer_norm_jvp(
+    tangents: Any, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float
+) -> Any:
+    """[*B, *S], S, [*S], [*S] -> [*B, *S], mean [*B, *1], rstd [*B, *1]."""
+    outs, outs_t = _layer_norm_jvp(tangents, x, normalized_shape, weight, bias, eps)
+    if tangents[0] is not None:
+        dims = _last(x, normalized_shape)
+        outs_t = (outs_t[0], *_statistics_t(x, outs[1], outs[2], tangents[0], dims))
+    return outs, outs_t
+
+
+@vjp_rule(aten.native_layer_norm_backward.default)
+def native_layer_norm_backward_rule(
+    needs: Any,
+    ct: Any,
+    x: Any,
+    normalized_shape: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    output_mask: Any,
+) -> Any:
+    """ct, x, mean, rstd, weight, bias -> x_ct, weight_ct, bias_ct."""
+    out = aten.native_layer_norm_backward.default(
+        ct, x, normalized_shape, mean, rstd, weight, bias, output_mask
+    )
+    residuals = (ct, x, mean, rstd, weight, _last(x, normalized_shape))
+    return out, residuals, _native_layer_norm_backward_pullback
+
+
+def _native_layer_norm_backward_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
+    *given, dims = residuals
+    found = _second(given, needs, cts, dims, live=True)
+    return (*_each_as(found, given), None)
+
+
+def _each_as(found: Any, given: Any) -> list[Any]:
+    return [
+        None if f is None else _as(f, g).reshape(g.shape)
+        for f, g in zip(found, given, strict=True)
+    ]
+
+
+# -- group norm ------------------------------------------------------------------------------------
+
+
+class _Groups:
+    """The reshapes under which a group norm is a normalisation over dims 2 and 3."""
+
+    def __init__(self, batch: Any, channels: Any, area: Any, groups: int) -> None:
+        self.full = (batch, groups, channels // groups, area)
+        self.statistics = (batch, groups, 1, 1)
+        self.channels = (1, groups, channels // groups, 1)
+
+    def given(self, ct: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> tuple[Any, ...]:
+        return (
+            _shaped(ct, self.full),
+            _shaped(x, self.full),
+            _shaped(mean, self.statistics),
+            _shaped(rstd, self.statistics),
+            _shaped(weight, self.channels),
+        )
+
+
+@vjp_rule(aten.native_group_norm.default)
+def native_group_norm_rule(
+    needs: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    N: Any,
+    C: Any,
+    HxW: Any,
+    group: int,
+    eps: float,
+) -> Any:
+    """[N, C, *S], [C], [C] -> [N, C, *S], mean [N, group], rstd [N, group]."""
+    outs = aten.native_group_norm.default(x, weight, bias, N, C, HxW, group, eps)
+    return outs, (x, outs[1], outs[2], weight, (N, C, HxW, group)), _group_norm_pullback
+
+
+def _group_norm_pullback(residuals: Any, needs: Any, ct: Any, mean_ct: Any, rstd_ct: Any) -> Any:
+    x, mean, rstd, weight, sizes = residuals
+    cts = (None, None, None)
+    if ct is not None:
+        cts = aten.native_group_norm_backward.default(
+            ct.contiguous(), x, mean, rstd, weight, *sizes, list(needs)
+        )
+    if needs[0] and (mean_ct is not None or rstd_ct is not None):
+        shapes = _Groups(*sizes)
+        _, rows, mean, rstd, _ = shapes.given(None, x, mean, rstd, None)
+        seen = (_shaped(mean_ct, shapes.statistics), _shaped(rstd_ct, shapes.statistics))
+        term = _of_statistics(rows, mean, rstd, *seen, [2, 3])
+        cts = (_plus(cts[0], _as(term, x).reshape(x.shape)), *cts[1:])
+    return cts
+
+
+@jvp_rule(aten.native_group_norm.default)
+def native_group_norm_jvp(
+    tangents: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    N: Any,
+    C: Any,
+    HxW: Any,
+    group: int,
+    eps: float,
+) -> Any:
+    """[N, C, *S], [C], [C] -> [N, C, *S], mean [N, group], rstd [N, group]."""
+    x_t, weight_t, bias_t = tangents
+    outs = aten.native_group_norm.default(x, weight, bias, N, C, HxW, group, eps)
+    shapes = _Groups(N, C, HxW, group)
+    x_t, rows, mean, rstd, weight = shapes.given(x_t, x, outs[1], outs[2], weight)
+    out_t = _normalised_t(
+        rows,
+        mean,
+        rstd,
+        weight,
+        (x_t, _shaped(weight_t, shapes.channels), _shaped(bias_t, shapes.channels)),
+        [2, 3],
+    )
+    mean_t = rstd_t = None
+    if x_t is not None:
+        mean_t, rstd_t = _statistics_t(rows, mean, rstd, x_t, [2, 3])
+        mean_t, rstd_t = mean_t.reshape(outs[1].shape), rstd_t.reshape(outs[2].shape)
+    return outs, (_as(out_t, x).reshape(x.shape), mean_t, rstd_t)
+
+
+def _normalised_t(
+    x: Any, mean: Any, rstd: Any, weight: Any, tangents: Any, dims: Any, live: bool = True
+) -> Any:
+    """The tangent of an affine normalisation; `live` as in `_second`."""
+    x_t, weight_t, bias_t = tangents
+    xhat = (x - mean) * rstd
+    xhat_t = None
+    if x_t is not None:
+        xhat_t = x_t
+        if live:
+            slope = (x_t * xhat).mean(dims, keepdim=True)
+            xhat_t = x_t - x_t.mean(dims, keepdim=True) - xhat * slope
+        xhat_t = xhat_t * rstd
+    return _affine(xhat, xhat_t, weight, weight_t, bias_t)
+
+
+@vjp_rule(aten.native_group_norm_backward.default)
+def native_group_norm_backward_rule(
+    needs: Any,
+    ct: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    N: Any,
+    C: Any,
+    HxW: Any,
+    group: int,
+    output_mask: Any,
+) -> Any:
+    """ct, x, mean, rstd, weight -> x_ct, weight_ct, bias_ct."""
+    sizes = (N, C, HxW, group)
+    out = aten.native_group_norm_backward.default(ct, x, mean, rstd, weight, *sizes, output_mask)
+    return out, (ct, x, mean, rstd, weight, sizes), _native_group_norm_backward_pullback
+
+
+def _native_group_norm_backward_pullback(
+    residuals: Any, needs: Any, x_cc: Any, weight_cc: Any, bias_cc: Any
+) -> Any:
+    *given, sizes = residuals
+    shapes = _Groups(*sizes)
+    cts = (
+        _shaped(x_cc, shapes.full),
+        _shaped(weight_cc, shapes.channels),
+        _shaped(bias_cc, shapes.channels),
+    )
+    found = _second(shapes.given(*given), needs, cts, [2, 3], live=True)
+    return _each_as(found, given)

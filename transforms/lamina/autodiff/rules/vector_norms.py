@@ -1,0 +1,92 @@
+"""Derivatives of the p-norms of vectors. The subgradient at the zero vector is 0."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lamina.autodiff.declare import jvp_rule, vjp_rule
+from lamina.autodiff.shapes import dims_of, in_dtype, keep_dims
+
+aten = torch.ops.aten
+where = torch.where
+
+
+def _slope(x, out, p, dim):
+    """d|x|_p / dx with `out` = |x|_p, both with all dims, in the dtype of x."""
+    if p == 0:
+        return torch.zeros_like(x)
+    if p == 1:
+        return x.sgn()
+    if p == 2:
+        return (x / out).masked_fill(out == 0, 0.0)
+    size = x.abs()
+    if math.isinf(p):
+        hit = ((size == out) | (size.isnan() & out.isnan())).to(size.dtype)
+        return x.sgn() * (hit / hit.sum(dim, keepdim=True) if x.dim() else hit)
+    if p < 1:
+        power = (size / out).pow(p - 1).masked_fill(size == 0, 0.0)
+    else:
+        power = (size / out).pow(p - 1)
+    return (x.sgn() * power).masked_fill(out == 0, 0.0)
+
+
+def _pull(ct, x, out, p, dim, keepdim):
+    rank, dims = x.dim(), dims_of(x.dim(), dim)
+    full = keep_dims(out, rank, dims, keepdim)
+    wide = x if x.dtype.itemsize >= full.dtype.itemsize else x.to(full.to(x.dtype).dtype)
+    return in_dtype(keep_dims(ct, rank, dims, keepdim) * _slope(wide, full, p, dims), x.dtype)
+
+
+def _push(t, x, out, p, dim, keepdim):
+    dims = dims_of(x.dim(), dim)
+    slope = _slope(x, keep_dims(out, x.dim(), dims, keepdim), p, dims)
+    term = (slope.conj() * t).real if x.is_complex() else slope * t
+    return term.sum(dims, keepdim).to(out.dtype)
+
+
+def _norm_pullback(residuals, needs, ct):
+    return (None if ct is None else _pull(ct, *residuals),)
+
+
+@vjp_rule(aten.linalg_vector_norm.default)
+def vector_norm_vjp(needs, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    """[*S] -> [*S without dim]; real for complex x."""
+    out = aten.linalg_vector_norm.default(x, ord, dim, keepdim, dtype=dtype)
+    return out, (x, out, ord, dim, keepdim), _norm_pullback
+
+
+@jvp_rule(aten.linalg_vector_norm.default)
+def vector_norm_jvp(tangents, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    """[*S] -> [*S without dim]"""
+    out = aten.linalg_vector_norm.default(x, ord, dim, keepdim, dtype=dtype)
+    return out, _push(tangents[0], x, out, ord, dim, keepdim)
+
+
+@vjp_rule(aten.norm.Scalar)
+def norm_vjp(needs, x, p=2):
+    """[*S] -> []"""
+    out = aten.norm.Scalar(x, p)
+    return out, (x, out, p, None, False), _norm_pullback
+
+
+@jvp_rule(aten.norm.Scalar)
+def norm_jvp(tangents, x, p=2):
+    """[*S] -> []"""
+    out = aten.norm.Scalar(x, p)
+    return out, _push(tangents[0], x, out, p, None, False)
+
+
+@vjp_rule(aten.norm.ScalarOpt_dim)
+def norm_dim_vjp(needs, x, p, dim, keepdim=False):
+    """[*S] -> [*S without dim]"""
+    out = aten.norm.ScalarOpt_dim(x, p, dim, keepdim)
+    return out, (x, out, 2 if p is None else p, dim, keepdim), _norm_pullback
+
+
+@jvp_rule(aten.norm.ScalarOpt_dim)
+def norm_dim_jvp(tangents, x, p, dim, keepdim=False):
+    """[*S] -> [*S without dim]"""
+    out = aten.norm.ScalarOpt_dim(x, p, dim, keepdim)
+    return out, _push(tangents[0], x, out, 2 if p is None else p, dim, keepdim)
