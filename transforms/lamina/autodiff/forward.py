@@ -18,9 +18,9 @@ from lamina.autodiff.operands import (
 )
 from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
-from lamina.autodiff.wrappers import DualTensor, dual
+from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina_core.alias import mutate, record_views, refresh_all
-from lamina_core.dispatch import needs_guard, watched
+from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter, run_at
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
@@ -110,7 +110,7 @@ def _resolve(op: Any) -> Any:
         return _rule_handler(known, _generic_rule(known))
     declaration = rule.function
     if isinstance(declaration, Pointwise):
-        return _rule_handler(known, _pointwise_rule(declaration))
+        return _pointwise_handler(known, declaration)
     if isinstance(declaration, Linear):
         return _rule_handler(known, _linear_rule(declaration))
     if isinstance(declaration, Multilinear):
@@ -203,6 +203,86 @@ def _pointwise_rule(declared: Pointwise) -> Any:
         return out, None if total is None else _as_output(total, out)
 
     return rule
+
+
+def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
+    """As in reverse mode, with a way past the general machinery for the usual cases."""
+    general = _rule_handler(known, _pointwise_rule(declared))
+    functions = [product and product.function for product in declared.products]
+    only = [product and product.only for product in declared.products]
+    call = known.call
+
+    def unary(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: one operand with a tangent.
+        x = args[0]
+        if (
+            len(args) != 1
+            or kwargs
+            or type(x) is not DualTensor
+            or x.interpreter is not interpreter
+            or x.tangent is None
+            or not (interpreter.grad_enabled and _is_grad_enabled())
+        ):
+            return general(interpreter, op, args, kwargs)
+        value = x.value
+        out = call_one(op, call, value)
+        if out.dtype is not value.dtype:
+            return general(interpreter, op, args, kwargs)
+        if wants == "none":
+            return dual_like(x, out, function(x.tangent))
+        return dual_like(x, out, function(x.tangent, value if wants == "x" else out))
+
+    def binary(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: two operands of one shape and dtype, or one and a Python number.
+        if len(args) != 2 or kwargs or not (interpreter.grad_enabled and _is_grad_enabled()):
+            return general(interpreter, op, args, kwargs)
+        x, y = args
+        if type(x) is not DualTensor or x.interpreter is not interpreter:
+            return general(interpreter, op, args, kwargs)
+        x_value, x_t, y_t = x.value, x.tangent, None
+        if type(y) is DualTensor and y.interpreter is interpreter:
+            y_value, y_t = y.value, y.tangent
+            if (
+                x.logical != y.logical
+                or y.strides is not None
+                or x_value.dtype is not y_value.dtype
+            ):
+                return general(interpreter, op, args, kwargs)
+        elif isinstance(y, Tensor):
+            return general(interpreter, op, args, kwargs)
+        else:
+            y_value = y
+        if x_t is None and y_t is None:
+            return general(interpreter, op, args, kwargs)
+        out = call_two(op, call, x_value, y_value)
+        if out.dtype is not x_value.dtype:
+            return general(interpreter, op, args, kwargs)
+        out_t = None
+        if x_t is not None:
+            out_t = _push(functions[0], only[0], x_t, out, x_value, y_value)
+        if y_t is not None:
+            term = _push(functions[1], only[1], y_t, out, x_value, y_value)
+            out_t = term if out_t is None else out_t + term
+        return dual_like(x, out, out_t)
+
+    positions = known.tensor_args
+    if positions == (0,) and only[0] in ("none", "out", "x"):
+        function, wants = functions[0], only[0]
+        return unary
+    if positions == (0, 1) and len(only) == 2 and all(wish is not None for wish in only):
+        return binary
+    return general
+
+
+def _push(function: Any, wish: Any, tangent: Any, out: Any, x: Any, y: Any) -> Any:
+    """One term of the tangent of a binary op."""
+    if wish == "none":
+        return function(tangent)
+    if wish == "x":
+        return function(tangent, x)
+    if wish == "y":
+        return function(tangent, y)
+    return function(tangent, out if wish == "out" else wish[0])
 
 
 def _linear_rule(declared: Linear) -> Any:

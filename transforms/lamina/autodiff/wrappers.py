@@ -8,7 +8,7 @@ import torch
 from lamina.autodiff.tape import Node
 from lamina_core.wrapper import LevelTensor, box, make_wrapper
 
-__all__ = ["DualTensor", "TrackedTensor", "dual", "track", "track_like"]
+__all__ = ["DualTensor", "TrackedTensor", "dual", "dual_like", "track", "track_like"]
 
 default_dtype = torch.get_default_dtype
 
@@ -38,6 +38,8 @@ class DualTensor(LevelTensor):
     """A primal (`value`) and a tangent of the same shape; None is the zero tangent."""
 
     tangent: Any
+    logical: Any
+    strides: Any
 
     def describe(self) -> str:
         """Level, and whether there is a tangent, for the repr."""
@@ -84,9 +86,30 @@ def track_like(x: TrackedTensor, value: Any, node: Node) -> TrackedTensor:
 
 def dual(interpreter: Any, value: Any, tangent: Any) -> DualTensor:
     """Box a primal and its tangent at the level of a forward-mode interpreter."""
+    size = value.shape
     stride = None if value.is_contiguous() else value.stride()
-    out = box(DualTensor, value, value.shape, stride)
+    out = box(DualTensor, value, size, stride)
     out.interpreter = interpreter
     out.value = value
     out.tangent = tangent
+    out.logical = size
+    out.strides = stride
+    return out  # type: ignore[no-any-return]
+
+
+def dual_like(x: DualTensor, value: Any, tangent: Any) -> DualTensor:
+    """`track_like` for a primal and its tangent."""
+    if x.strides is not None:
+        return dual(x.interpreter, value, tangent)
+    size = x.logical
+    dtype = value.dtype
+    if value.is_cpu and dtype is default_dtype():
+        out: Any = make_wrapper(DualTensor, size)
+    else:
+        out = make_wrapper(DualTensor, size, dtype=dtype, device=value.device)
+    out.interpreter = x.interpreter
+    out.value = value
+    out.tangent = tangent
+    out.logical = size
+    out.strides = None
     return out  # type: ignore[no-any-return]
