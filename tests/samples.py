@@ -218,8 +218,9 @@ NOT_UNDER: dict[str, dict[str, str]] = {
         "nn.functional.multi_head_attention_forward": "all differentiable samples draw",
     },
 }
-# Operators whose samples are too badly conditioned for two ways to the same tangent to agree.
-LOOSE = frozenset(["cholesky_inverse"])
+# Operators too badly conditioned at their samples, or with too lossy a formula in PyTorch, for two
+# ways to the same tangent to agree in all digits.
+LOOSE = frozenset(["cholesky_inverse", "logcumsumexp"])
 
 
 def others(law: str) -> list[str]:

@@ -25,7 +25,7 @@ import torch
 
 from lamina_core.dispatch import pass_down, tensors_in
 from lamina_core.errors import MutationError
-from lamina_core.interpreter import Interpreter, run_at
+from lamina_core.interpreter import Interpreter, mode_off, run_at
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
 
@@ -78,6 +78,12 @@ def refresh(interpreter: Interpreter, view: LevelTensor) -> None:
     parent = recipe.parent
     refresh(interpreter, parent)
     if parent.version != recipe.version:
+        if parent.reshaped > recipe.version:
+            raise interpreter.error(
+                MutationError,
+                f"a view made by {recipe.op} is used after the shape of its base was changed in place",
+                "to fix: change the shape out of place, or make the view afterwards",
+            )
         with run_at(interpreter):
             out = recipe.op(parent, *recipe.args, **recipe.kwargs)
         interpreter.rebind(view, out if recipe.index is None else out[recipe.index])
@@ -108,11 +114,13 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
             f"{known.name} writes to its argument and has no out-of-place counterpart",
             "to fix: use the out-of-place form of the op",
         )
+    if known.op._schema.name in _RESHAPING:
+        return _reshape(interpreter, known, counterpart, args, kwargs)
     targets = [args[m] if isinstance(m, int) else kwargs[m] for m in known.mutated]
     if known.is_out_variant():
         kwargs = {k: v for k, v in kwargs.items() if k not in known.mutated}
     with run_at(interpreter):
-        out = counterpart(*args, **kwargs)
+        out = counterpart(*_with_defaults(op, args), **kwargs)
         results = list(out) if isinstance(out, (list, tuple)) else [out]
         # Functional forms of ops such as batch norm give outputs first, then what is written.
         written = results[len(results) - len(targets) :]
@@ -125,6 +133,55 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
         return targets[0] if len(targets) == 1 else tuple(targets)
     kept = results[: len(results) - len(targets)]
     return kept[0] if len(kept) == 1 else tuple(kept)
+
+
+# Ops that change the shape of a tensor in place and none of its elements.
+_RESHAPING = frozenset(
+    f"aten::{name}"
+    for name in (
+        "squeeze_",
+        "swapaxes_",
+        "swapdims_",
+        "t_",
+        "transpose_",
+        "unsqueeze_",
+    )
+)
+_NO_PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+
+
+def _reshape(interpreter: Interpreter, known: OpFacts, counterpart: Any, args: Any, kwargs: Any) -> Any:
+    """`x.t_()` and the like: `x` becomes a view of what it was, which lives on without a name."""
+    target = args[0]
+    if target.is_input:
+        raise interpreter.error(
+            MutationError,
+            f"{known.name} changes the shape of an argument of the transform",
+            f"to fix: use the out-of-place {counterpart}",
+        )
+    refresh(interpreter, target)
+    with run_at(interpreter):
+        former = target.view_as(target)
+        former.recipe, former.version = target.recipe, target.version
+        new = counterpart(former, *args[1:], **kwargs)
+    with (
+        mode_off(),
+        torch._C._ExcludeDispatchKeyGuard(_NO_PYTHON),
+        torch._C._AutoDispatchBelowADInplaceOrView(),
+    ):
+        torch.Tensor.resize_(target, new.shape)
+    interpreter.rebind(target, new)
+    target.recipe = ViewRecipe(former, counterpart, args[1:], kwargs, None)
+    # Views taken before refer to a tensor that is no longer of that shape: see `refresh`.
+    target.version += 1
+    target.reshaped = target.version
+    return target
+
+
+def _with_defaults(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Trailing defaults filled in: `bernoulli_(p=0.5)` has one that `bernoulli.p` has not."""
+    missing = op._schema.arguments[len(args) :]
+    return (*args, *[a.default_value for a in missing if not a.kwarg_only])
 
 
 def _pairs(target: Any, new: Any) -> list[tuple[Any, Any]]:

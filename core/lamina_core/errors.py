@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "BatchSizeError",
+    "CapturedTensorError",
     "DataDependentError",
     "EscapedTensorError",
     "FallbackWarning",
@@ -58,6 +59,10 @@ class RuleError(LaminaError, RuntimeError):
 
 class EscapedTensorError(LaminaError, RuntimeError):
     """A batched tensor was used after the `vmap` that made it had returned."""
+
+
+class CapturedTensorError(LaminaError, RuntimeError):
+    """A `torch.autograd.Function` used a tensor of an active transform that it was not given."""
 
 
 class DataDependentError(LaminaError, RuntimeError):

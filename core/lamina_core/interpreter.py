@@ -44,6 +44,13 @@ with _C._AutoDispatchBelowADInplaceOrView():
     BELOW_AUTOGRAD = _C._dispatch_tls_local_exclude_set() - _outside
 
 
+# torch calls a handler with these two keys switched off, and an op then ignores that a plain tensor is
+# a lazy conjugate: `x.conj() * 1j` would be `x * 1j`. Each door switches them on (0.3 us), torch off.
+_see_lazy = _C._dispatch_tls_set_dispatch_key_excluded
+_CONJUGATE = _C.DispatchKey.Conjugate
+_NEGATIVE = _C.DispatchKey.Negative
+
+
 class OuterState:
     """The dispatch-key state in force when the outermost transform was entered.
 
@@ -90,6 +97,8 @@ class LevelMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """First route: an op of user code, top of the stack first."""
+        _see_lazy(_CONJUGATE, False)
+        _see_lazy(_NEGATIVE, False)
         return self.top.process(func, args, kwargs or {})  # type: ignore[union-attr]
 
     def is_on(self) -> bool:

@@ -148,6 +148,8 @@ def _find_functional(known: OpFacts) -> Any:
     if not known.is_out_variant():
         stem = base.removesuffix("_")
         names = [stem, f"{stem}_functional", f"{base}_functional"]
+        if base.startswith("__i"):  # `__iand__` writes what `__and__` computes
+            names.append("__" + base.removeprefix("__i"))
     outs = set(known.mutated) if known.is_out_variant() else set()
     wanted = [(a.name, str(a.type)) for a in known.op._schema.arguments if a.name not in outs]
     for name in names:

@@ -28,6 +28,11 @@ __all__ = [
 ]
 
 make_wrapper = torch.Tensor._make_wrapper_subclass
+
+# See `lamina_core.interpreter`: without this a rule's ops would ignore the lazy conjugate bit.
+_see_lazy = torch._C._dispatch_tls_set_dispatch_key_excluded
+_CONJUGATE = torch._C.DispatchKey.Conjugate
+_NEGATIVE = torch._C.DispatchKey.Negative
 _default_dtype = torch.get_default_dtype
 
 
@@ -39,6 +44,7 @@ class LevelTensor(torch.Tensor):
         value: What the wrapper stands for, one or more levels below.
         recipe: How this wrapper was viewed out of another, or None if it is no view.
         version: Counts the writes to this wrapper (see `lamina_core.alias`).
+        reshaped: The version at which its shape was last changed in place.
         is_input: Whether the memory belongs to an argument of the transform.
     """
 
@@ -48,6 +54,7 @@ class LevelTensor(torch.Tensor):
     # Class-level defaults: an instance attribute costs 60 ns, and most wrappers never need these.
     recipe: ViewRecipe | None = None
     version: int = 0
+    reshaped: int = 0
     is_input: bool = False
 
     classes: ClassVar[set[type]] = set()
@@ -69,6 +76,8 @@ class LevelTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Hand an op that no mode caught to the interpreter of the highest level involved."""
+        _see_lazy(_CONJUGATE, False)
+        _see_lazy(_NEGATIVE, False)
         if not kwargs and len(args) == 1 and type(args[0]) in _CLASSES:
             interpreter = args[0].interpreter  # one operand: nothing to search
             if interpreter.alive:

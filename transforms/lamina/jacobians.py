@@ -187,7 +187,7 @@ def _basis(leaves: list[Any], sizes: list[int]) -> Callable[[int, int], tuple[An
             block = torch.zeros(stop - start, size, dtype=leaf.dtype, device=leaf.device)
             first, last = max(start, offset), min(stop, offset + size)
             if first < last:
-                block.diagonal(offset - start).fill_(1)
+                block.diagonal(start - offset).fill_(1)
             blocks.append(block)
             offset += size
         return tuple(blocks)
@@ -249,7 +249,7 @@ def _arrange(
             row = [
                 None
                 if columns[i] is None or i not in wanted
-                else columns[i][offset : offset + size].reshape(*out.shape, *leaf.shape)
+                else columns[i][offset : offset + size].reshape((*out.shape, *leaf.shape))
                 for i, leaf in enumerate(ins)
             ]
             per_output.append(row)
@@ -263,7 +263,7 @@ def _arrange(
                     row.append(None)
                     continue
                 block = next(blocks).movedim(0, -1)
-                row.append(block.reshape(*out.shape, *leaf.shape))
+                row.append(block.reshape((*out.shape, *leaf.shape)))
             per_output.append(row)
     trees = []
     for row in per_output:

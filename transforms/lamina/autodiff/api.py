@@ -36,12 +36,36 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 class _Pass:
-    """One run of a function on a tape: what it returned, and where its inputs and outputs lie."""
+    """One run of a function on a tape: what it returned, and where its inputs and outputs lie.
 
-    __slots__ = ("aux", "in_nodes", "interpreter", "lifted", "out_spec", "positions", "values")
+    Attributes:
+        interpreter: The level it ran at.
+        leaves: The leaves of the arguments chosen for differentiation.
+        specs: The spec of each chosen argument.
+        in_nodes: The tape node of each leaf, None for one that is not differentiable.
+        values: The leaves of the output, one level down.
+        out_spec: The structure of the output.
+        positions: The place of each output leaf on the tape, None for constants.
+        aux: The aux output, one level down.
+    """
+
+    __slots__ = (
+        "aux",
+        "in_nodes",
+        "interpreter",
+        "leaves",
+        "out_spec",
+        "positions",
+        "specs",
+        "values",
+        "written",
+    )
 
     def pull(self, cts: Sequence[Any], *, release: bool) -> list[Any]:
-        """Cotangents of the inputs; None for inputs that are not differentiable."""
+        """The cotangent of each chosen argument, in its structure.
+
+        Zero where an argument had no influence, None for leaves that are not differentiable.
+        """
         inputs = [node for node in self.in_nodes if node is not None]
         if self.interpreter.watch:
             grads = backward(self.positions, cts, inputs, release=release)
@@ -49,35 +73,84 @@ class _Pass:
             with mode_off():
                 grads = backward(self.positions, cts, inputs, release=release)
         found = iter(grads)
-        return [None if node is None else next(found) for node in self.in_nodes]
+        filled = []
+        for node, leaf in zip(self.in_nodes, self.leaves, strict=True):
+            ct = None if node is None else next(found)
+            filled.append(torch.zeros_like(leaf) if ct is None and node is not None else ct)
+        trees, start = [], 0
+        for spec in self.specs:
+            stop = start + spec.num_leaves
+            trees.append(pytree.unflatten(spec, filled[start:stop]))
+            start = stop
+        return trees
+
+    def write_back(self, *, keep: bool) -> None:
+        """Let the caller see what was written to the arguments (NOTE [Writes]).
+
+        With `keep`, residuals in the memory about to be overwritten are moved out of it first.
+        """
+        for original, value in self.written:
+            if keep:
+                move_residuals(self.positions, original)
+            original.copy_(value)
 
 
 def _run(
     name: str,
     func: Callable[..., Any],
-    leaves: list[Any],
-    rebuild: Callable[[list[Any]], tuple[Any, ...]],
+    args: tuple[Any, ...],
+    chosen: Sequence[int],
     kwargs: dict[str, Any],
     has_aux: bool,
 ) -> _Pass:
-    """Run `func` with its leaves on a fresh tape.
+    """Run `func` on a fresh tape.
 
     Args:
         name: The transform, for messages.
         func: The function.
-        leaves: The leaves to differentiate with respect to; others among them are constants.
-        rebuild: Makes the positional arguments from the wrapped leaves.
-        kwargs: Keyword arguments, handed on as they are.
-        has_aux: Whether the function returns `(output, aux)`.
+        args: Its positional arguments.
+        chosen: Positions of those to differentiate with respect to.
+        kwargs: Its keyword arguments.
+        has_aux: Whether it returns `(output, aux)`.
     """
     run = _Pass()
+    flat = [pytree.flatten(arg) for arg in args]
+    run.leaves = [leaf for at in chosen for leaf in flat[at][0]]
+    run.specs = [flat[at][1] for at in chosen]
+    _need_one(run.leaves, name)
     run.interpreter = interpreter = ReverseInterpreter(name)
+    wrappers: list[tuple[Any, Any]] = []
+
+    def given(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        wrapped = interpreter.argument(leaf)
+        wrappers.append((leaf, wrapped))
+        return wrapped
+
     with interpreter, torch.enable_grad():
-        wrapped = [interpreter.leaf(x) if is_differentiable(x) else x for x in leaves]
-        run.in_nodes = [
-            w.node if is_differentiable(x) else None for w, x in zip(wrapped, leaves, strict=True)
-        ]
-        out = func(*rebuild(wrapped), **kwargs)
+        new_args: list[Any] = [None] * len(args)
+        run.in_nodes = []
+        for at in chosen:
+            leaves, spec = flat[at]
+            new = []
+            for leaf in leaves:
+                if is_differentiable(leaf):
+                    wrapped = interpreter.leaf(leaf)
+                    wrappers.append((leaf, wrapped))
+                    run.in_nodes.append(wrapped.node)
+                    new.append(wrapped)
+                else:
+                    run.in_nodes.append(None)
+                    new.append(given(leaf))
+            new_args[at] = pytree.unflatten(spec, new)
+        for at, (leaves, spec) in enumerate(flat):
+            if at not in chosen:
+                new_args[at] = pytree.unflatten(spec, [given(leaf) for leaf in leaves])
+        if kwargs:
+            kwargs = pytree.tree_map(given, kwargs)
+        out = func(*new_args, **kwargs)
+        new_args = new = wrapped = None  # type: ignore[assignment]
         run.aux = None
         if has_aux:
             out, run.aux = _split_aux(out, interpreter)
@@ -90,8 +163,14 @@ def _run(
             for o in outs
         ]
         run.values = [_lowered(interpreter, o) for o in outs]
-        run.lifted = wrapped if interpreter.written else []
+    run.written = _written(interpreter, wrappers)
     return run
+
+
+def _written(interpreter: Any, wrappers: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """The arguments that were written to, each with the value it has now."""
+    written = {id(wrapper) for wrapper in interpreter.written}
+    return [(leaf, wrapper.value) for leaf, wrapper in wrappers if id(wrapper) in written]
 
 
 def _lowered(interpreter: Any, value: Any) -> Any:
@@ -112,19 +191,6 @@ def _split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
             "to fix: return (output, aux)",
         )
     return out[0], out[1]
-
-
-def _write_back(run: _Pass, originals: list[Any], *, keep: bool) -> None:
-    """Let the caller see what was written to the arguments (NOTE [Writes]).
-
-    With `keep`, residuals that lie in the memory about to be overwritten are moved out of it first.
-    """
-    written = {id(wrapper) for wrapper in run.interpreter.written}
-    for wrapper, original in zip(run.lifted, originals, strict=bool(run.lifted)):
-        if id(wrapper) in written:
-            if keep:
-                move_residuals(run.positions, original)
-            original.copy_(wrapper.value)
 
 
 def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
@@ -153,26 +219,16 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
         >>> vjp_fn(torch.tensor([1.0, 2.0]))
         (tensor([1., 2.]),)
     """
-    leaves, spec = pytree.flatten(primals)
-    _need_one(leaves, primals, "vjp", "primals")
-    run = _run("vjp", func, leaves, lambda new: pytree.unflatten(spec, new), kwargs, has_aux)
-    _write_back(run, leaves, keep=True)
+    run = _run("vjp", func, primals, range(len(primals)), kwargs, has_aux)
+    run.write_back(keep=True)
     out = pytree.unflatten(run.out_spec, run.values)
 
     def vjp_fn(cotangents: Any) -> Any:
         """Pull cotangents of the output back to the primals."""
         cts = _match(cotangents, run.values, run.out_spec, "cotangent", "output")
-        return pytree.unflatten(spec, _filled(run.pull(cts, release=False), leaves))
+        return tuple(run.pull(cts, release=False))
 
     return (out, vjp_fn, run.aux) if has_aux else (out, vjp_fn)
-
-
-def _filled(grads: list[Any], leaves: list[Any]) -> list[Any]:
-    """Zeros for inputs that had no influence; None stays for leaves that are not differentiable."""
-    return [
-        torch.zeros_like(leaf) if ct is None and is_differentiable(leaf) else ct
-        for ct, leaf in zip(grads, leaves, strict=True)
-    ]
 
 
 def grad(
@@ -225,25 +281,11 @@ def grad_and_value(
 
     @functools.wraps(func)
     def both(*args: Any, **kwargs: Any) -> Any:
-        chosen = choose(args, argnums, "grad")
-        picked = args[chosen[0]] if isinstance(argnums, int) else tuple(args[i] for i in chosen)
-        leaves, spec = pytree.flatten(picked)
-        _need_one(leaves, args, "grad", f"argnums={argnums!r}")
-
-        def rebuild(new: list[Any]) -> tuple[Any, ...]:
-            tree = pytree.unflatten(spec, new)
-            full = list(args)
-            new_args = (tree,) if isinstance(argnums, int) else tree
-            for at, value in zip(chosen, new_args, strict=True):
-                full[at] = value
-            return tuple(full)
-
-        run = _run("grad", func, leaves, rebuild, kwargs, has_aux)
+        run = _run("grad", func, args, choose(args, argnums, "grad"), kwargs, has_aux)
         loss = _scalar(run)
-        seed = torch.ones_like(loss)
-        grads = run.pull([seed], release=True)
-        _write_back(run, leaves, keep=False)
-        found = pytree.unflatten(spec, _filled(grads, leaves))
+        grads = run.pull([torch.ones_like(loss)], release=True)
+        run.write_back(keep=False)
+        found = grads[0] if isinstance(argnums, int) else tuple(grads)
         return found, ((loss, run.aux) if has_aux else loss)
 
     return both
@@ -305,7 +347,7 @@ def choose(args: tuple[Any, ...], argnums: Any, name: str) -> list[int]:
     return positions
 
 
-def _need_one(leaves: list[Any], tree: Any, name: str, what: str) -> None:
+def _need_one(leaves: list[Any], name: str) -> None:
     """Raise unless something can be differentiated."""
     if any(is_differentiable(leaf) for leaf in leaves):
         return
@@ -317,8 +359,8 @@ def _need_one(leaves: list[Any], tree: Any, name: str, what: str) -> None:
     )
     raise NotDifferentiableError(
         message(
-            f"{name} has nothing to differentiate: {what} holds no floating-point or complex tensor",
-            f"it holds: {kinds or 'nothing'}",
+            f"{name} has nothing to differentiate: no floating-point or complex tensor",
+            f"the arguments to differentiate hold: {kinds or 'nothing'}",
             "to fix: convert the argument with .float(), or choose another one with argnums",
         )
     )
@@ -430,13 +472,22 @@ def jvp(
         )
     primals, tangents = tuple(primals), tuple(tangents)
     leaves, spec = pytree.flatten(primals)
-    _need_one(leaves, primals, "jvp", "primals")
+    _need_one(leaves, "jvp")
     pushed = _match(tangents, leaves, spec, "tangent", "primal")
     with ForwardInterpreter() as interpreter, torch.enable_grad():
         lifted = [
-            interpreter.lift(leaf, t) if is_differentiable(leaf) else leaf
+            interpreter.lift(leaf, t) if isinstance(leaf, Tensor) else leaf
             for leaf, t in zip(leaves, pushed, strict=True)
         ]
+        wrappers = list(zip(leaves, lifted, strict=True))
+        if kwargs:
+            kw_leaves, kw_spec = pytree.flatten(kwargs)
+            kw_lifted = [
+                interpreter.lift(leaf, None) if isinstance(leaf, Tensor) else leaf
+                for leaf in kw_leaves
+            ]
+            wrappers += zip(kw_leaves, kw_lifted, strict=True)
+            kwargs = pytree.unflatten(kw_spec, kw_lifted)
         out = func(*pytree.unflatten(spec, lifted), **kwargs)
         aux = None
         if has_aux:
@@ -453,9 +504,8 @@ def jvp(
                 "strict=True, and an output does not depend on the primals",
                 "to fix: pass strict=False to get a zero tangent",
             )
-    for wrapper, original in zip(lifted, leaves, strict=True):
-        if any(w is wrapper for w in interpreter.written):
-            original.copy_(wrapper.value)
+    for original, value in _written(interpreter, wrappers):
+        original.copy_(value)
     out_ts = [
         torch.zeros_like(v) if t is None and is_differentiable(v) else t
         for t, v in zip(out_ts, values, strict=True)

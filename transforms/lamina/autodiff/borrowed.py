@@ -16,6 +16,7 @@ from lamina.autodiff.leaf import Home, LeafTensor, unbox
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.schema import OpFacts
+from lamina_core.wrapper import LevelTensor
 
 __all__ = ["borrowed_jvp", "borrowed_vjp"]
 
@@ -89,6 +90,8 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
                 wanted,
                 [ct for _, ct in pairs],
                 retain_graph=True,
+                # Some formulas take a shortcut unless they are told to be differentiable themselves.
+                create_graph=_is_followed([*boxed, *[ct for _, ct in pairs]]),
                 allow_unused=True,
             )
     except RuntimeError as error:
@@ -102,6 +105,12 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
         ) from error
     found = iter(grads)
     return [None if leaf is None else _value_or_none(next(found)) for leaf in leaves]
+
+
+def _is_followed(leaves: list[Any]) -> bool:
+    """Whether a level below, or the user's own autograd, may differentiate what is done here."""
+    values = [leaf.value for leaf in leaves]
+    return any(isinstance(v, LevelTensor) or v.requires_grad for v in values)
 
 
 def _value_or_none(grad: Any) -> Any:
@@ -134,7 +143,9 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
                 **{key: map_tensors(swap, value) for key, value in inner.items()},
             )
             return _unpack(out)
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):
+        # No formula, or one that writes to its own results, which fails on duals of wrappers. An
+        # error that is the caller's comes up again when the two pullbacks run the op.
         return None
 
 

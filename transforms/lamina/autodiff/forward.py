@@ -24,6 +24,7 @@ from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter, run_at
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
+from lamina.decompositions import decomposition_of
 
 __all__ = ["ForwardInterpreter", "state_of"]
 
@@ -83,6 +84,7 @@ class ForwardInterpreter(Interpreter):
     def rebind(self, target: Any, new: Any) -> None:
         """Stand for another primal and tangent from now on."""
         target.value, target.tangent = new.value, new.tangent
+        target.logical, target.strides = new.logical, new.strides
 
 
 def state_of(op: Any) -> str:
@@ -94,7 +96,7 @@ def state_of(op: Any) -> str:
     if known.mutated:
         counterpart = known.functional()
         return "missing" if counterpart is None else state_of(counterpart)
-    if known.is_composite and REVERSE.lookup(op) is None:
+    if known.is_composite or decomposition_of(op) is not None:
         return "decomposed"
     return "generic"
 
@@ -107,6 +109,8 @@ def _resolve(op: Any) -> Any:
             return mutate
         if known.is_composite:
             return decompose_handler(op.decompose)
+        if decomposition_of(op) is not None:
+            return decompose_handler(decomposition_of(op))
         return _rule_handler(known, _generic_rule(known))
     declaration = rule.function
     if isinstance(declaration, Pointwise):

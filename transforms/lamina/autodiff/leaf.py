@@ -14,6 +14,7 @@ from lamina_core.wrapper import make_wrapper
 __all__ = ["Home", "LeafTensor", "unbox"]
 
 _C = torch._C
+_DETACH = torch.ops.aten.detach.default
 _OPEN_INCLUDE = _C._dispatch_tls_local_include_set()
 
 
@@ -102,6 +103,9 @@ class Home:
             torch.set_grad_enabled(self.grad_enabled),
         ):
             values = tuple([map_tensors(unbox, arg) for arg in args])
+            if op is _DETACH:
+                # Saving an output, C++ detaches it from its own graph; the levels below go on.
+                return self.wrap(values[0])
             inner = {key: map_tensors(unbox, value) for key, value in kwargs.items()}
             known = facts(op)
             if known.is_random:

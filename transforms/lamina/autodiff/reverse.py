@@ -30,6 +30,7 @@ from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
+from lamina.decompositions import decomposition_of
 
 __all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]
 
@@ -79,6 +80,12 @@ class ReverseInterpreter(Interpreter):
         out.is_input = True
         return out
 
+    def argument(self, value: Any) -> TrackedTensor:
+        """Wrap an argument that is not differentiated, but may be written to."""
+        out = self.constant(value)
+        out.is_input = True
+        return out
+
     def constant(self, value: Any) -> TrackedTensor:
         """Wrap a value that does not depend on the differentiated arguments."""
         self._look(value)
@@ -95,6 +102,7 @@ class ReverseInterpreter(Interpreter):
     def rebind(self, target: Any, new: Any) -> None:
         """Stand for another value from now on."""
         target.value, target.node, target.index = new.value, new.node, new.index
+        target.logical, target.strides = new.logical, new.strides
 
     def tracking(self) -> bool:
         """Whether ops are recorded: not so under `torch.no_grad()`."""
@@ -113,7 +121,9 @@ def state_of(op: Any) -> str:
     if known.mutated:
         counterpart = known.functional()
         return "missing" if counterpart is None else state_of(counterpart)
-    return "decomposed" if known.is_composite else "generic"
+    if known.is_composite or decomposition_of(op) is not None:
+        return "decomposed"
+    return "generic"
 
 
 def _resolve(op: Any) -> Any:
@@ -124,6 +134,8 @@ def _resolve(op: Any) -> Any:
             return mutate
         if known.is_composite:
             return decompose_handler(op.decompose)
+        if decomposition_of(op) is not None:
+            return decompose_handler(decomposition_of(op))
         return _rule_handler(known, None)
     if isinstance(rule.function, Pointwise):
         return _pointwise_handler(known, rule.function)
@@ -218,6 +230,8 @@ def record(interpreter: Any, known: OpFacts, rule: Any, cut: Split, positions: A
             return track(interpreter, out, None)
         node = Node(known.name, pullback, residuals, needs, positions)
         return track(interpreter, out, node)
+    if not isinstance(out, (list, tuple)):
+        return out  # a number or a bool, such as `equal` gives
     outs = list(out)
     node = None
     if pullback is not None:

@@ -91,11 +91,6 @@ def vmap_flat(
     kwargs: dict[str, Any],
 ) -> Any:
     """`vmap` of flattened arguments whose dims and batch size have been checked."""
-    # A handler would not see the lazy bits: torch resolves them above it, and not inside.
-    leaves = [
-        leaf if dim is None or not (leaf.is_conj() or leaf.is_neg()) else leaf.clone()
-        for leaf, dim in zip(leaves, dims, strict=True)
-    ]
     with VmapInterpreter(size, randomness) as interpreter:
         lifted = [
             leaf if dim is None else interpreter.lift(leaf, dim)

@@ -17,8 +17,10 @@ __all__ = [
     "behind_batch",
     "ensure_batched",
     "fold",
+    "fold_behind",
     "from_end",
     "infer_size",
+    "leading_dims",
     "logical_dims",
     "logical_rank",
     "logical_shape",
@@ -30,6 +32,7 @@ __all__ = [
     "physical_size",
     "shifted",
     "unfold",
+    "unfold_behind",
     "without",
 ]
 
@@ -93,7 +96,7 @@ def ensure_batched(x: Any, x_bdim: int | None, size: int) -> Any:
 
 
 def pad_rank(x: Any, x_bdim: int | None, rank: int) -> Any:
-    """A value ready for broadcasting: batch dim first, then 1s, then the logical dims up to `rank`."""
+    """A value ready for broadcasting: batch dim first, 1s, then the logical dims up to `rank`."""
     if x_bdim is None:
         return x
     x = batch_first(x, x_bdim)
@@ -198,3 +201,27 @@ def from_end(x: Any, count: int) -> int:
 def shifted(x: Any, rank: int) -> Any:
     """A value with its batch dim first, of physical rank `rank`: 1s go behind the batch dim."""
     return x if x.dim() >= rank else pad_rank(x, 0, rank - 1)
+
+
+def fold_behind(x: Any, x_bdim: int | None, dim: int, groups: int, size: int) -> Any:
+    """`fold` with the groups outermost: logical dim [groups * rest] -> [groups * B * rest]."""
+    if groups == 1:
+        return fold(x, x_bdim, dim, size)
+    x = ensure_batched(x, x_bdim, size).unflatten(dim + 1, (groups, -1))
+    return x.movedim(0, dim + 1).flatten(dim, dim + 2)
+
+
+def unfold_behind(x: Any, dim: int, groups: int, size: int) -> tuple[Any, int]:
+    """Undo `fold_behind`: [groups * B * rest] -> the value and its batch dim."""
+    if groups == 1:
+        return unfold(x, dim, size), dim
+    shape = x.shape
+    x = x.reshape(*shape[:dim], groups, size, shape[dim] // (groups * size), *shape[dim + 1 :])
+    return x.movedim(dim + 1, 0).flatten(dim + 1, dim + 2), 0
+
+
+def leading_dims(x: Any, x_bdim: int | None, count: int) -> tuple[Any, int | None]:
+    """A value whose batch dim is not among its last `count` dims, and where the batch dim is."""
+    if x_bdim is None or x_bdim < x.dim() - count:
+        return x, x_bdim
+    return batch_first(x, x_bdim), 0

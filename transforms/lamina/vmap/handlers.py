@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lamina.decompositions import decomposition_of
 from lamina.vmap.batched import BatchedTensor, wrap, wrap_like
 from lamina.vmap.dims import pad_rank
 from lamina.vmap.fallback import loop_over_examples
@@ -57,7 +58,10 @@ def state_of(op: Any) -> str:
 
 
 def _decomposition(op: Any) -> Any:
-    """PyTorch's decomposition into other ATen ops; those into its primitives lead nowhere here."""
+    """Ours, or PyTorch's into other ATen ops; those into its primitives lead nowhere here."""
+    fused = decomposition_of(op)
+    if fused is not None:
+        return fused
     found = torch._decomp.decomposition_table.get(op)
     return None if found is None or found.__module__.startswith("torch._refs") else found
 

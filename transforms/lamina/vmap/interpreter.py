@@ -78,6 +78,7 @@ class VmapInterpreter(Interpreter):
     def rebind(self, target: Any, new: Any) -> None:
         """Stand for another value from now on."""
         target.value, target.bdim = new.value, new.bdim
+        target.logical, target.strides = new.logical, new.strides
 
     def refresh(self, outs: list[Any]) -> None:
         """Bring stale views among the outputs of the mapped function up to date."""

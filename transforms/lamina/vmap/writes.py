@@ -20,10 +20,11 @@ from lamina_core.wrapper import LevelTensor, level_of, shares_memory
 
 __all__ = ["in_place_handler", "store"]
 
+aten = torch.ops.aten
 _CLASSES = LevelTensor.classes
 
 # Elementwise in meaning, though not tagged as pointwise.
-_ELEMENTWISE = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
+_ELEMENTWISE = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)
 
 
 def in_place_handler(known: OpFacts) -> Any:
@@ -32,7 +33,7 @@ def in_place_handler(known: OpFacts) -> Any:
         known.mutated == (0,)
         and not known.is_random
         and not known.list_args
-        and (known.is_pointwise or known.op._schema.name in _ELEMENTWISE)
+        and (known.is_pointwise or known.op in _ELEMENTWISE)
     )
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:

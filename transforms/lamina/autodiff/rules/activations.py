@@ -176,7 +176,12 @@ def glu_vjp(needs, x, dim=-1):
 
 def _glu_pullback(residuals, needs, ct):
     x, dim = residuals
-    return (None if ct is None else aten.glu_backward.default(ct, x, dim),)
+    if ct is None:
+        return (None,)
+    value, gate = x.chunk(2, dim)
+    gate = gate.sigmoid()
+    value_ct = ct * gate
+    return (torch.cat([value_ct, value_ct * value * (1 - gate)], dim),)
 
 
 @jvp_rule(aten.glu.default)

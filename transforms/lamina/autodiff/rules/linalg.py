@@ -1,4 +1,4 @@
-"""Derivatives of factorisations and solves; determinants and eigenproblems borrow PyTorch's.
+"""Derivatives of factorisations and solves; determinants, QR and SVD borrow PyTorch's.
 
 Every formula uses results that are themselves differentiable (the solution, the inverse, the
 factor), never the LU pivots, so derivatives of every order come out right.
@@ -24,6 +24,20 @@ def _half(x: Any) -> Any:
     return x.tril() - 0.5 * torch.diag_embed(x.diagonal(dim1=-2, dim2=-1))
 
 
+@vjp_rule(aten.cholesky.default)
+def deprecated_cholesky_rule(needs: Any, x: Any, upper: bool = False) -> Any:
+    """[*B, n, n] -> [*B, n, n]."""
+    out = aten.cholesky.default(x, upper)
+    return out, (out, upper), _cholesky_pullback
+
+
+@jvp_rule(aten.cholesky.default)
+def deprecated_cholesky_jvp(tangents: Any, x: Any, upper: bool = False) -> Any:
+    """[*B, n, n] -> [*B, n, n]."""
+    out = aten.cholesky.default(x, upper)
+    return out, _cholesky_t(out, upper, tangents[0])
+
+
 @vjp_rule(aten.linalg_cholesky_ex.default)
 def cholesky_rule(needs: Any, x: Any, *, upper: bool = False, check_errors: bool = False) -> Any:
     """[*B, n, n] -> factor [*B, n, n], info [*B]."""
@@ -31,7 +45,7 @@ def cholesky_rule(needs: Any, x: Any, *, upper: bool = False, check_errors: bool
     return outs, (outs[0], upper), _cholesky_pullback
 
 
-def _cholesky_pullback(residuals: Any, needs: Any, ct: Any, info_ct: Any) -> Any:
+def _cholesky_pullback(residuals: Any, needs: Any, ct: Any, info_ct: Any = None) -> Any:
     """`L^-H half(L^H ct) L^-1`, made Hermitian."""
     factor, upper = residuals
     if ct is None:
@@ -49,12 +63,16 @@ def _cholesky_pullback(residuals: Any, needs: Any, ct: Any, info_ct: Any) -> Any
 def cholesky_jvp(tangents: Any, x: Any, *, upper: bool = False, check_errors: bool = False) -> Any:
     """[*B, n, n] -> factor [*B, n, n], info [*B]; `L_t = L half(L^-1 x_t L^-H)`."""
     outs = aten.linalg_cholesky_ex.default(x, upper=upper, check_errors=check_errors)
-    factor = adjoint(outs[0]) if upper else outs[0]
-    x_t = 0.5 * (tangents[0] + adjoint(tangents[0]))
+    return outs, (_cholesky_t(outs[0], upper, tangents[0]), None)
+
+
+def _cholesky_t(factor: Any, upper: bool, x_t: Any) -> Any:
+    factor = adjoint(factor) if upper else factor
+    x_t = 0.5 * (x_t + adjoint(x_t))
     left = torch.linalg.solve_triangular(factor, x_t, upper=False)
     inner = torch.linalg.solve_triangular(adjoint(factor), left, upper=True, left=False)
     factor_t = factor.matmul(_half(inner))
-    return outs, (adjoint(factor_t) if upper else factor_t, None)
+    return adjoint(factor_t) if upper else factor_t
 
 
 # -- inverse ---------------------------------------------------------------------------------------
@@ -80,6 +98,46 @@ def inv_jvp(tangents: Any, x: Any, *, check_errors: bool = False) -> Any:
     outs = aten.linalg_inv_ex.default(x, check_errors=check_errors)
     inverse = outs[0]
     return outs, (-inverse.matmul(tangents[0]).matmul(inverse), None)
+
+
+# -- eigenvalues of a Hermitian matrix -------------------------------------------------------------
+
+
+def _gaps(values: Any) -> Any:
+    """[*B, n] -> [*B, n, n]: 1 / (value_j - value_i), zero on the diagonal, safe to differentiate."""
+    gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
+    same = torch.ones_like(gaps, dtype=torch.bool).tril().triu()
+    return gaps.masked_fill(same, 1).reciprocal().masked_fill(same, 0)
+
+
+@vjp_rule(aten._linalg_eigh.default)
+def eigh_rule(needs: Any, a: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
+    """[*B, n, n] -> eigenvalues [*B, n], eigenvectors [*B, n, n]; the latter are always needed."""
+    outs = aten._linalg_eigh.default(a, UPLO, True)
+    return outs, (outs[0], outs[1]), _eigh_pullback
+
+
+def _eigh_pullback(residuals: Any, needs: Any, values_ct: Any, vectors_ct: Any) -> Any:
+    values, vectors = residuals
+    dual = adjoint(vectors)
+    if vectors_ct is None:
+        if values_ct is None:
+            return (None,)
+        return ((vectors * values_ct.unsqueeze(-2)).matmul(dual),)
+    inner = dual.matmul(vectors_ct) * _gaps(values)
+    if values_ct is not None:
+        inner = inner + torch.diag_embed(values_ct)
+    return (vectors.matmul(inner).matmul(dual),)
+
+
+@jvp_rule(aten._linalg_eigh.default)
+def eigh_jvp(tangents: Any, a: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
+    """[*B, n, n] -> eigenvalues [*B, n], eigenvectors [*B, n, n]."""
+    values, vectors = aten._linalg_eigh.default(a, UPLO, True)
+    inner = adjoint(vectors).matmul(tangents[0]).matmul(vectors)
+    diagonal = inner.diagonal(dim1=-2, dim2=-1)
+    values_t = diagonal.real if diagonal.is_complex() else diagonal
+    return (values, vectors), (values_t, vectors.matmul(inner * _gaps(values)))
 
 
 # -- solves ----------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def _pow_of_number(t, x, self, out):
     """As `_pow_exponent`, the base a number: its logarithm is one too, NaN for a negative base."""
     if self == 0:
         grows = (x.real >= 0) & (x.imag == 0) if x.is_complex() else x >= 0
-        return where(grows, 0.0, t * (out * -math.inf))
+        return where(grows, 0.0, t * -math.inf)
     if isinstance(self, complex) or x.is_complex():
         return t * (out * cmath.log(self))
     return t * (out * (math.log(self) if self > 0 else math.nan))

@@ -1,4 +1,4 @@
-"""Derivatives of reductions and of scans along a dim.
+"""Derivatives of reductions.
 
 A reduction that chooses elements and names no index (amax, max of all) shares a cotangent evenly
 among ties; those that return an index (max over a dim, sort) are in `overwriting`.
@@ -21,7 +21,6 @@ def _mean_ct(ct, x_shape, dim, keepdim):
     return restored(ct / count_of(x_shape, dim), x_shape, dim, keepdim)
 
 
-linear(aten.cumsum.default, lambda ct, dim: ct.flip(dim).cumsum(dim).flip(dim) if ct.dim() else ct)
 linear(aten.mean.default, lambda ct, x_shape: (ct / count_of(x_shape, None)).expand(x_shape))
 linear(aten.mean.dim, _mean_ct)
 linear(aten.sum.default, lambda ct, x_shape: ct.expand(x_shape))

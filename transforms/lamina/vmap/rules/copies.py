@@ -104,15 +104,13 @@ def new_zeros_with_same_feature_meta(
 def copy(info: Any, in_dims: Any, x: Any, src: Any, non_blocking: bool = False) -> Any:
     """[B, *S], [B, *src] -> [B, *S]"""
     x_bdim, src_bdim = in_dims[:2]
-    x_rank = logical_rank(x, x_bdim)
-    if logical_rank(src, src_bdim) > x_rank:
-        # Only 1s may stand in front.
-        src = batch_first(src, src_bdim)
-        extra = src.dim() - x_rank - (src_bdim is not None)
-        at = 0 if src_bdim is None else 1
-        src = src.squeeze(tuple(range(at, at + extra)))
-    x = ensure_batched(x, x_bdim, info.batch_size)
-    return aten.copy(x, pad_rank(src, src_bdim and 0, x_rank), non_blocking), 0
+    rank = logical_rank(x, x_bdim)
+    src = pad_rank(src, src_bdim, rank)
+    first = src_bdim is not None
+    extra = src.dim() - first - rank
+    if extra > 0:  # as an assignment may have it: 1s in front
+        src = src.squeeze(tuple(range(first, first + extra)))
+    return aten.copy(ensure_batched(x, x_bdim, info.batch_size), src, non_blocking), 0
 
 
 @batching_rule(aten.fill.Scalar)

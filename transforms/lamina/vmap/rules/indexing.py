@@ -178,6 +178,23 @@ def one_hot(info: Any, in_dims: Any, x: Any, num_classes: int = -1) -> Any:
     return zeros.scatter(-1, x.unsqueeze(-1), 1), in_dims[0]
 
 
+@batching_rule(aten.repeat_interleave.Tensor)
+def repeat_interleave(
+    info: Any, in_dims: Any, repeats: Any, *, output_size: int | None = None
+) -> Any:
+    """[B, N] -> [B, output_size]: the number of the first running total above each place."""
+    if output_size is None:
+        raise info.interpreter.error(
+            DataDependentError,
+            "aten.repeat_interleave.Tensor would give each example an output of its own shape",
+            "to fix: pass output_size, which says how many elements each example has",
+        )
+    totals = batch_first(repeats, in_dims[0]).cumsum(1)
+    places = torch.arange(output_size, device=repeats.device, dtype=totals.dtype)
+    places = places.expand(info.batch_size, output_size).contiguous()
+    return torch.searchsorted(totals, places, right=True).to(repeats.dtype), 0
+
+
 @batching_rule(aten.take.default)
 def take(info: Any, in_dims: Any, x: Any, index: Any) -> Any:
     """[B, *S], [B, *I] -> [B, *I], with x read as a vector."""

@@ -1,7 +1,7 @@
 """Batching rules of matrix products.
 
-Where one operand is not batched, the batch dim of the other becomes part of its rows or columns: one
-large product in place of a bmm of copies.
+Where one operand is not batched, the batch dim of the other becomes part of its rows or columns:
+one large product in place of a bmm of copies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ aten = torch.ops.aten
 
 
 def _product(info: Any, x: Any, x_bdim: Any, y: Any, y_bdim: Any) -> Any:
-    """`torch.matmul` of operands of any logical ranks >= 1."""
+    """`torch.matmul` of operands of any logical ranks >= 1.
+
+    These ops see lazy conjugates, which others do not: they are made plain here.
+    """
+    if x.is_complex():
+        x, y = x.resolve_conj(), y.resolve_conj()
     x_rank, y_rank = logical_rank(x, x_bdim), logical_rank(y, y_bdim)
     if x_bdim is not None and y_bdim is not None:
         return _product_of_batches(batch_first(x, x_bdim), batch_first(y, y_bdim), x_rank, y_rank)
@@ -35,7 +40,7 @@ def _product(info: Any, x: Any, x_bdim: Any, y: Any, y_bdim: Any) -> Any:
 
 
 def _product_of_batches(x: Any, y: Any, x_rank: int, y_rank: int) -> Any:
-    """[B, *, n, k] @ [B, *, k, m] -> [B, *, n, m]; vectors get a row or column and lose it again."""
+    """[B, *, n, k] @ [B, *, k, m] -> [B, *, n, m]. Vectors get a row or column and lose it."""
     row, column = x_rank == 1, y_rank == 1
     x = x.unsqueeze(-2) if row else x
     y = y.unsqueeze(-1) if column else y
@@ -73,16 +78,18 @@ def _product_columns(x: Any, y: Any, y_bdim: int, y_rank: int) -> Any:
     return out, from_end(out, 2)
 
 
-def _plus(x: Any, x_bdim: Any, product: Any, p_bdim: Any, beta: Any, alpha: Any) -> Any:
-    """beta * x + alpha * product, broadcasting to the product. beta = 0 ignores even nan in x."""
+def _plus(info: Any, x: Any, x_bdim: Any, product: Any, p_bdim: Any, beta: Any, alpha: Any) -> Any:
+    """The sum `beta * x + alpha * product`, for which beta = 0 ignores even nan in x."""
     rank = logical_rank(product, p_bdim)
     product = pad_rank(product, p_bdim, rank)
-    if beta == 0:
-        dtype = torch.result_type(x, product)
-        return (product * alpha if alpha != 1 else product).to(dtype), 0
-    x = pad_rank(x, x_bdim, rank)
     if p_bdim is None:
         product = product.unsqueeze(0)
+    if beta == 0:
+        product = product * alpha if alpha != 1 else product
+        return (
+            product if p_bdim is not None else product.expand(info.batch_size, *product.shape[1:])
+        ), 0
+    x = pad_rank(x, x_bdim, rank)
     return torch.add(x if beta == 1 else x * beta, product, alpha=alpha), 0
 
 
@@ -117,7 +124,7 @@ def _broadcastable(x: Any, x_bdim: Any, y: Any, y_bdim: Any) -> Any:
 
 @batching_rule(aten._pdist_backward.default)
 def _pdist_backward(info: Any, in_dims: Any, ct: Any, x: Any, p: float, pdist: Any) -> Any:
-    """[B, n(n-1)/2], [B, n, m] -> [B, n, m]. ATen takes no batch: through the difference of each pair."""
+    """[B, n(n-1)/2], [B, n, m] -> [B, n, m]. ATen takes no batch: by pairs."""
     ct, x, pdist = (
         ensure_batched(v, d, info.batch_size)
         for v, d in zip((ct, x, pdist), (in_dims[0], in_dims[1], in_dims[3]), strict=True)
@@ -187,9 +194,9 @@ def addbmm(
     y = batch_first(y, y_bdim).transpose(-3, -2).flatten(-2)
     z = batch_first(z, z_bdim).flatten(-3, -2)
     if y_bdim is None and z_bdim is None:
-        return _plus(x, in_dims[0], y @ z, None, beta, alpha)
+        return _plus(info, x, in_dims[0], y @ z, None, beta, alpha)
     y_bdim, z_bdim = (None if d is None else 0 for d in (y_bdim, z_bdim))
-    return _plus(x, in_dims[0], *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
+    return _plus(info, x, in_dims[0], *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
 
 
 @batching_rule(aten.addmm.default)
@@ -197,7 +204,7 @@ def addmm(info: Any, in_dims: Any, x: Any, y: Any, z: Any, *, beta: Any = 1, alp
     """[B, n, m], [B, n, k], [B, k, m] -> [B, n, m]"""
     x_bdim, y_bdim, z_bdim = in_dims
     if y_bdim is None and z_bdim is None:
-        return _plus(x, x_bdim, y @ z, None, beta, alpha)
+        return _plus(info, x, x_bdim, y @ z, None, beta, alpha)
     if y_bdim is not None and z_bdim is not None:
         x = pad_rank(x, x_bdim, 2)
         y, z = batch_first(y, y_bdim), batch_first(z, z_bdim)
@@ -205,7 +212,7 @@ def addmm(info: Any, in_dims: Any, x: Any, y: Any, z: Any, *, beta: Any = 1, alp
     if x_bdim is None and z_bdim is None and y_bdim < 2 and (x.dim() < 2 or x.shape[0] == 1):
         rows = torch.addmm(x, y.flatten(0, 1), z, beta=beta, alpha=alpha)
         return rows.unflatten(0, y.shape[:2]), y_bdim
-    return _plus(x, x_bdim, *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
+    return _plus(info, x, x_bdim, *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
 
 
 @batching_rule(aten.addmv.default)
@@ -213,8 +220,8 @@ def addmv(info: Any, in_dims: Any, x: Any, y: Any, z: Any, *, beta: Any = 1, alp
     """[B, n], [B, n, k], [B, k] -> [B, n]"""
     x_bdim, y_bdim, z_bdim = in_dims
     if y_bdim is None and z_bdim is None:
-        return _plus(x, x_bdim, y @ z, None, beta, alpha)
-    return _plus(x, x_bdim, *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
+        return _plus(info, x, x_bdim, y @ z, None, beta, alpha)
+    return _plus(info, x, x_bdim, *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
 
 
 @batching_rule(aten.addr.default)
@@ -223,12 +230,10 @@ def addr(info: Any, in_dims: Any, x: Any, y: Any, z: Any, *, beta: Any = 1, alph
     x_bdim, y_bdim, z_bdim = in_dims
     product = batch_first(y, y_bdim).unsqueeze(-1) * batch_first(z, z_bdim).unsqueeze(-2)
     unbatched = y_bdim is None and z_bdim is None
-    if beta == 0 and x.dtype == torch.bool:
-        alpha = bool(alpha)
     if x.dtype == torch.bool:
         product = product & bool(alpha)
         return pad_rank(x, x_bdim, 2) & bool(beta) | product, 0
-    return _plus(x, x_bdim, product, None if unbatched else 0, beta, alpha)
+    return _plus(info, x, x_bdim, product, None if unbatched else 0, beta, alpha)
 
 
 @batching_rule(aten.baddbmm.default)
@@ -238,8 +243,8 @@ def baddbmm(
     """[B, N, n, m], [B, N, n, k], [B, N, k, m] -> [B, N, n, m]"""
     x_bdim, y_bdim, z_bdim = in_dims
     if y_bdim is None and z_bdim is None:
-        return _plus(x, x_bdim, torch.bmm(y, z), None, beta, alpha)
-    return _plus(x, x_bdim, *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
+        return _plus(info, x, x_bdim, torch.bmm(y, z), None, beta, alpha)
+    return _plus(info, x, x_bdim, *_product(info, y, y_bdim, z, z_bdim), beta, alpha)
 
 
 @batching_rule(
@@ -277,7 +282,7 @@ def linear(info: Any, in_dims: Any, x: Any, weight: Any, bias: Any = None) -> An
         product, out_bdim = _product(info, x, x_bdim, weight, 0)
     if bias is None:
         return product, out_bdim
-    return _plus(bias, b_bdim, product, out_bdim, 1, 1)
+    return _plus(info, bias, b_bdim, product, out_bdim, 1, 1)
 
 
 def _linear_of_batches(
@@ -296,4 +301,4 @@ def _linear_of_batches(
 @batching_rule(aten.vdot.default)
 def vdot(info: Any, in_dims: Any, x: Any, y: Any) -> Any:
     """[B, k], [B, k] -> [B]"""
-    return _product(info, x.conj(), in_dims[0], y, in_dims[1])
+    return _product(info, x.conj_physical(), in_dims[0], y, in_dims[1])

@@ -1,7 +1,7 @@
 """Batching rules of reductions and of cumulative ops.
 
-A reduction without dims becomes one over all logical dims. ATen reads an empty list of dims as "all",
-so a scalar is first given a dim of size 1 to reduce: an empty list would eat the batch dim.
+A reduction without dims becomes one over all logical dims. ATen reads an empty list of dims as
+"all", so a scalar is first given a dim of size 1 to reduce: an empty list would eat the batch dim.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _register_over_list(op: Any, whole: Any) -> None:
     def over_list(
         info: Any, in_dims: Any, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any
     ) -> Any:
-        """[B, *S] -> [B, *S without dim]. For `all` and `any`, dim=[] is "none" where None is "all"."""
+        """[B, *S] -> [B, *S without dim]. For `all` and `any`, dim=[] means no dim."""
         if dim is not None and not dim and op in (aten.all.dims, aten.any.dims):
             return op(x, [], keepdim), in_dims[0]
         return _over(op, x, in_dims[0], dim, keepdim, **kwargs)

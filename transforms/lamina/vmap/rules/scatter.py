@@ -313,21 +313,18 @@ def _fill_by_mask(
     """`x[:, mask] = values` by `where`, if the values do not run over the places of the mask."""
     mask_rank = logical_rank(mask, mask_bdim)
     behind = x.dim() - 1 - at - mask_rank
-    shape = logical_shape(values, values_bdim)
-    if len(shape) > behind:
-        if shape[len(shape) - 1 - behind] != 1:
+    shape = list(logical_shape(values, values_bdim))
+    block = len(shape) - 1 - behind  # where the values have the dim that runs over the places
+    values = batch_first(values, values_bdim)
+    if block >= 0:
+        if shape[block] != 1:
             return None
-        # the place of the block: [front dims, 1, rest] -> [front dims, 1 per dim of the mask, rest]
-        split = len(shape) - 1 - behind
-        new = [*shape[:split], *[1] * mask_rank, *shape[split + 1 :]]
-        values = batch_first(values, values_bdim)
-        values = values.reshape(new if values_bdim is None else [values.shape[0], *new])
-    values = pad_rank(
-        values, 0 if len(shape) > behind and values_bdim is not None else values_bdim, x.dim() - 1
-    )
-    mask = ensure_batched(mask, mask_bdim, 1) if mask_bdim is None else batch_first(mask, mask_bdim)
-    mask = mask.to(torch.bool).reshape(mask.shape[0], *[1] * at, *mask.shape[1:], *[1] * behind)
-    values = values.to(x.dtype)
+        shape[block : block + 1] = [1] * mask_rank
+        values = values.reshape(shape if values_bdim is None else [values.shape[0], *shape])
+    values = pad_rank(values, None if values_bdim is None else 0, x.dim() - 1).to(x.dtype)
+    mask = batch_first(mask.to(torch.bool), mask_bdim)
+    size = mask.shape[:1] if mask_bdim is not None else (1,)
+    mask = mask.reshape(*size, *[1] * at, *mask.shape[mask.dim() - mask_rank :], *[1] * behind)
     return torch.where(mask, x + values if accumulate else values, x)
 
 

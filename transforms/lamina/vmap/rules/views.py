@@ -28,6 +28,8 @@ aten = torch.ops.aten
 
 # Views that change no dim: the value is viewed as it is.
 SAME_DIMS = (
+    aten._conj.default,
+    aten._neg_view.default,
     aten.alias.default,
     aten.detach.default,  # concerns the levels below as well, so it is passed on
 )
@@ -43,22 +45,6 @@ def _same_dims(op: Any) -> Any:
 
 for _op in SAME_DIMS:
     batching_rule(_op, state="family")(_same_dims(_op))
-
-
-@batching_rule(aten._conj.default)
-def conj(info: Any, in_dims: Any, x: Any) -> Any:
-    """[B, *S] -> [B, *S]
-
-    Not lazily: inside a handler torch has switched off the dispatch key that resolves the lazy bit,
-    so that a kernel would read the value as if it were not conjugated.
-    """
-    return aten.conj_physical(x), in_dims[0]
-
-
-@batching_rule(aten._neg_view.default)
-def neg_view(info: Any, in_dims: Any, x: Any) -> Any:
-    """[B, *S] -> [B, *S]. Not lazily, as for `conj`."""
-    return aten.neg(x), in_dims[0]
 
 
 @batching_rule(aten.as_strided.default)
@@ -287,8 +273,8 @@ def view_as_complex(info: Any, in_dims: Any, x: Any) -> Any:
 
 @batching_rule(aten.view_as_real.default)
 def view_as_real(info: Any, in_dims: Any, x: Any) -> Any:
-    """[B, *S] -> [B, *S, 2]"""
-    return aten.view_as_real(x), in_dims[0]
+    """[B, *S] -> [B, *S, 2]. The wrapper of a lazily conjugated value does not show that it is."""
+    return aten.view_as_real(x.resolve_conj()), in_dims[0]
 
 
 def _last_dense(x: Any, x_bdim: int) -> Any:

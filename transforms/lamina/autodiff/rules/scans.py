@@ -1,0 +1,109 @@
+"""Derivatives of scans along a dim.
+
+Those of cumprod and logcumsumexp are linear recurrences `r[i] = b[i] + a[i] r[i - 1]`. They are
+solved by doubling, in log(n) steps of products and sums: no quotient, so right where a factor is 0,
+and differentiable again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
+from lamina.autodiff.shapes import in_dtype
+
+aten = torch.ops.aten
+
+
+def _delayed(x, dim, by, fill):
+    """[.., n, ..] -> [.., n, ..]: x[i - by], with `fill` in front."""
+    count = x.shape[dim]
+    front = torch.full_like(x.narrow(dim, 0, min(by, count)), fill)
+    return torch.cat([front, x.narrow(dim, 0, max(count - by, 0))], dim)
+
+
+def _solved(a, b, dim):
+    """The r with r[i] = b[i] + a[i] r[i - 1] and r[-1] = 0."""
+    count, step = a.shape[dim], 1
+    while step < count:
+        b = b + a * _delayed(b, dim, step, 0)
+        a = a * _delayed(a, dim, step, 0)
+        step *= 2
+    return b
+
+
+def _solved_backwards(a, b, dim):
+    """The r with r[i] = b[i] + a[i] r[i + 1] and r[n] = 0."""
+    return _solved(a.flip(dim), b.flip(dim), dim).flip(dim)
+
+
+linear(aten.cumsum.default, lambda ct, dim: ct.flip(dim).cumsum(dim).flip(dim) if ct.dim() else ct)
+
+
+# -- cumprod ---------------------------------------------------------------------------------------
+
+
+@vjp_rule(aten.cumprod.default)
+def cumprod_vjp(needs, x, dim, *, dtype=None):
+    """[.., n, ..] -> [.., n, ..]"""
+    return aten.cumprod.default(x, dim, dtype=dtype), (x, dim), _cumprod_pullback
+
+
+def _cumprod_pullback(residuals, needs, ct):
+    """The product of those before, times a recurrence over the factors behind."""
+    x, dim = residuals
+    if ct is None or x.dim() == 0 or x.numel() == 0:
+        return (None if ct is None else in_dtype(ct, x.dtype),)
+    wide = x.to(ct.dtype).conj()
+    before = _delayed(wide, dim, 1, 1).cumprod(dim)
+    behind = _delayed(wide.flip(dim), dim, 1, 0).flip(dim)
+    return (in_dtype(before * _solved_backwards(behind, ct, dim), x.dtype),)
+
+
+@jvp_rule(aten.cumprod.default)
+def cumprod_jvp(tangents, x, dim, *, dtype=None):
+    """[.., n, ..] -> [.., n, ..]"""
+    out = aten.cumprod.default(x, dim, dtype=dtype)
+    t = tangents[0].to(out.dtype)
+    if x.dim() == 0 or x.numel() == 0:
+        return out, t
+    return out, _solved(x.to(out.dtype), t * _delayed(out, dim, 1, 1), dim)
+
+
+# -- logcumsumexp ----------------------------------------------------------------------------------
+
+
+def _ratios(x, out, dim):
+    """exp(x[i] - out[i]) and exp(out[i - 1] - out[i]), neither above 1; 0 where all is -inf."""
+    nothing = out.real == -math.inf if out.is_complex() else out == -math.inf
+    own = (x - out).exp().masked_fill(nothing, 0.0)
+    earlier = (_delayed(out, dim, 1, -math.inf) - out).exp().masked_fill(nothing, 0.0)
+    return own, earlier
+
+
+@vjp_rule(aten.logcumsumexp.default)
+def logcumsumexp_vjp(needs, x, dim):
+    """[.., n, ..] -> [.., n, ..]"""
+    out = aten.logcumsumexp.default(x, dim)
+    return out, (x, out, dim), _logcumsumexp_pullback
+
+
+def _logcumsumexp_pullback(residuals, needs, ct):
+    x, out, dim = residuals
+    if ct is None or x.dim() == 0 or x.numel() == 0:
+        return (ct,)
+    own, earlier = _ratios(x, out, dim)
+    later = _delayed(earlier.conj().flip(dim), dim, 1, 0).flip(dim)
+    return (own.conj() * _solved_backwards(later, ct, dim),)
+
+
+@jvp_rule(aten.logcumsumexp.default)
+def logcumsumexp_jvp(tangents, x, dim):
+    """[.., n, ..] -> [.., n, ..]"""
+    out = aten.logcumsumexp.default(x, dim)
+    if x.dim() == 0 or x.numel() == 0:
+        return out, tangents[0]
+    own, earlier = _ratios(x, out, dim)
+    return out, _solved(earlier, tangents[0] * own, dim)

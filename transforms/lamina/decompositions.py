@@ -1,0 +1,128 @@
+"""Fused inference kernels as the ops they stand for; every transform may use these.
+
+PyTorch picks such a kernel when a module runs in eval mode and no tensor requires grad, which is
+how the tensors of a transform look. It has neither a derivative nor a batched form of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["decomposition_of"]
+
+aten = torch.ops.aten
+
+
+def decomposition_of(op: Any) -> Callable[..., Any] | None:
+    """The function that does what a fused op does, in ordinary ops; None if there is none."""
+    return _TABLE.get(op)
+
+
+def _heads(x: Any, num_heads: int) -> Any:
+    """[B, L, H * D] -> [B, H, L, D]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+
+
+def _attend(
+    q: Any, k: Any, v: Any, num_heads: int, mask: Any, mask_type: int | None
+) -> tuple[Any, Any]:
+    """Softmax attention over heads: outputs [B, L, E] and weights [B, H, L, S].
+
+    A mask is True where a score is left out; its type is 0 for [L, S], 1 for [B, S] (padding) and 2
+    for [B, H, L, S].
+    """
+    q, k, v = (_heads(x, num_heads) for x in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        left_out = mask.to(torch.bool)
+        if mask_type == 1:
+            left_out = left_out[:, None, None, :]
+        scores = scores.masked_fill(left_out, float("-inf"))
+    weights = torch.softmax(scores, -1)
+    return (weights @ v).transpose(-2, -3).flatten(-2), weights
+
+
+def native_multi_head_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    proj_weight: Any,
+    proj_bias: Any,
+    mask: Any = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> tuple[Any, Any]:
+    """`nn.MultiheadAttention` on [B, L, E], as its fast path computes it."""
+    weights_in = qkv_weight.chunk(3)
+    biases_in = qkv_bias.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b)
+        for x, w, b in zip((query, key, value), weights_in, biases_in, strict=True)
+    )
+    out, weights = _attend(q, k, v, num_head, mask, mask_type)
+    out = F.linear(out, proj_weight, proj_bias)
+    if not need_weights:
+        return out, None
+    return out, weights.mean(1) if average_attn_weights else weights
+
+
+def transformer_encoder_layer(
+    src: Any,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    proj_weight: Any,
+    proj_bias: Any,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Any,
+    norm_bias_1: Any,
+    norm_weight_2: Any,
+    norm_bias_2: Any,
+    ffn_weight_1: Any,
+    ffn_bias_1: Any,
+    ffn_weight_2: Any,
+    ffn_bias_2: Any,
+    mask: Any = None,
+    mask_type: int | None = None,
+) -> Any:
+    """`nn.TransformerEncoderLayer` on [B, L, E], as its fast path computes it."""
+
+    def attend(x: Any) -> Any:
+        q, k, v = F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
+        out, _ = _attend(q, k, v, num_heads, mask, mask_type)
+        return F.linear(out, proj_weight, proj_bias)
+
+    def feed_forward(x: Any) -> Any:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        hidden = F.gelu(hidden) if use_gelu else F.relu(hidden)
+        return F.linear(hidden, ffn_weight_2, ffn_bias_2)
+
+    def first_norm(x: Any) -> Any:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def second_norm(x: Any) -> Any:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        x = src + attend(first_norm(src))
+        return x + feed_forward(second_norm(x))
+    x = first_norm(src + attend(src))
+    return second_norm(x + feed_forward(x))
+
+
+_TABLE = {
+    aten._native_multi_head_attention.default: native_multi_head_attention,
+    aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
+}

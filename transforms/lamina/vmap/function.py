@@ -1,0 +1,198 @@
+"""`torch.autograd.Function` under vmap: by the user's own rule, or by mapping its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lamina.vmap.batched import wrap
+from lamina.vmap.interpreter import VmapInterpreter
+from lamina_core.errors import RuleError, message
+from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
+from lamina_core.interpreter import run_at
+from lamina_core.user_function import UserFunction
+
+__all__ = ["VmapInfo"]
+
+Tensor = torch.Tensor
+
+
+class VmapInfo(NamedTuple):
+    """What the `vmap` staticmethod of a user's function is told about the transform."""
+
+    batch_size: int
+    randomness: str
+
+
+@applying(VmapInterpreter)
+def _apply(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied:
+    """Hand a function down with its arguments' batch dims."""
+    values = tuple([arg.value if interpreter.is_own(arg) else arg for arg in args])
+    dims = tuple([arg.bdim if interpreter.is_own(arg) else None for arg in args])
+    if all(dim is None for dim in dims):
+        applied = apply_custom(custom, values, needs)
+        outs = [interpreter.constant(o) if isinstance(o, Tensor) else o for o in applied.outs]
+        return applied.lifted(args, outs)
+    if isinstance(custom, UserFunction) and custom.vmap_rule is not None:
+        return _by_rule(interpreter, custom, args, values, dims, needs)
+    mapped = _Mapped(custom, interpreter.batch_size, interpreter.randomness, dims)
+    applied = apply_custom(mapped, values, needs)
+    outs = [wrap(interpreter, o, 0) if isinstance(o, Tensor) else o for o in applied.outs]
+    rest, bdims = applied.rest
+    tensors = [
+        tensor if bdim is None else wrap(interpreter, tensor, bdim)
+        for tensor, bdim in zip(applied.tensors, bdims, strict=True)
+    ]
+    lifted = applied.lifted(args, outs, tensors)
+    lifted.rest = rest
+    return lifted
+
+
+def _by_rule(
+    interpreter: Any,
+    custom: UserFunction,
+    args: tuple[Any, ...],
+    values: tuple[Any, ...],
+    dims: tuple[int | None, ...],
+    needs: Needs,
+) -> Applied:
+    """Run the user's rule as code of the level below, and set its context up at this one."""
+    info = VmapInfo(interpreter.batch_size, interpreter.randomness)
+    with run_at(interpreter.below):
+        answer = custom.vmap_rule(info, dims, *values)
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise interpreter.error(
+            RuleError,
+            f"the vmap of {custom.name} returned {type(answer).__name__}",
+            "to fix: return a pair (output, out_dims)",
+        )
+    out, out_dims = answer
+    if isinstance(out, tuple):
+        if out_dims is None or isinstance(out_dims, int):
+            out_dims = (out_dims,) * len(out)
+        if not isinstance(out_dims, (tuple, list)) or len(out_dims) != len(out):
+            raise interpreter.error(
+                RuleError,
+                f"the vmap of {custom.name} returned {len(out)} outputs and out_dims {out_dims!r}",
+                "to fix: return one int or None for each output",
+            )
+        wrapped: Any = tuple(
+            [_boxed(interpreter, custom, o, d) for o, d in zip(out, out_dims, strict=True)]
+        )
+    else:
+        wrapped = _boxed(interpreter, custom, out, out_dims)
+    with run_at(interpreter):
+        return custom.set_up(args, wrapped, needs)
+
+
+def _boxed(interpreter: Any, custom: Custom, out: Any, dim: Any) -> Any:
+    if not isinstance(out, Tensor):
+        return out
+    if dim is None:
+        return interpreter.constant(out)
+    rank = out.dim()
+    size = interpreter.batch_size
+    if not isinstance(dim, int) or not -rank <= dim < rank or out.shape[dim] != size:
+        raise interpreter.error(
+            RuleError,
+            f"the vmap of {custom.name} returned an output of shape {list(out.shape)} with "
+            f"out_dims {dim!r}",
+            f"to fix: name a dim of size {size}, the batch size, or None",
+        )
+    return wrap(interpreter, out, dim % rank)
+
+
+class _Mapped(Custom):
+    """A function mapped over a batch: forward and backward run inside a level of their own.
+
+    Every output is batched, also where it is the same for all examples: so the cotangent of an
+    argument that all examples share is always a sum over them.
+    """
+
+    def __init__(
+        self, inner: Custom, size: int, randomness: str, dims: tuple[int | None, ...]
+    ) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.may_write = inner.may_write
+        self.has_jvp = inner.has_jvp
+        self.size = size
+        self.randomness = randomness
+        self.dims = dims
+
+    def _level(self) -> VmapInterpreter:
+        return VmapInterpreter(self.size, self.randomness)
+
+    def forward(self, args: tuple[Any, ...], needs: Needs) -> Applied:
+        """Map the inner forward over the batch."""
+        with self._level() as level:
+            lifted = tuple([_lift(level, a, d) for a, d in zip(args, self.dims, strict=True)])
+            applied = self.inner.forward(lifted, needs)
+            level.refresh([*applied.outs, *applied.tensors])
+            outs = [self._lowered(level, o) for o in applied.outs]
+            own = [level.is_own(t) for t in applied.tensors]
+            bdims = [t.bdim if o else None for t, o in zip(applied.tensors, own, strict=True)]
+            tensors = [t.value if o else t for t, o in zip(applied.tensors, own, strict=True)]
+            for position, _ in applied.written:
+                if self.dims[position] is None:
+                    raise level.error(
+                        RuleError,
+                        f"{self.name} writes to argument {position}, which all examples share",
+                        "to fix: map over that argument too, or write to a clone of it",
+                    )
+        bdims = [
+            bdim if source is None else self.dims[source] if source >= 0 else 0
+            for source, bdim in zip(applied.sources, bdims, strict=True)
+        ]
+        found = applied.lifted(args, outs, tensors)
+        found.rest = (applied.rest, bdims)
+        return found
+
+    def _lowered(self, level: Any, value: Any) -> Any:
+        """The value of an output or tangent, with the batch dim in front."""
+        if not isinstance(value, Tensor):
+            return value
+        if not level.is_own(value):
+            return value.expand(self.size, *value.shape)
+        bdim = value.bdim  # type: ignore[attr-defined]
+        value = value.value  # type: ignore[attr-defined]
+        if bdim is None:
+            return value.expand(self.size, *value.shape)
+        return value if bdim == 0 else value.movedim(bdim, 0)
+
+    def backward(
+        self, tensors: Sequence[Any], rest: Any, needs: Needs, cts: Sequence[Any]
+    ) -> list[Any]:
+        """Map the inner backward over the batch."""
+        inner_rest, bdims = rest
+        with self._level() as level:
+            saved = [_lift(level, t, bdim) for t, bdim in zip(tensors, bdims, strict=True)]
+            lifted = [_lift(level, ct, 0) for ct in cts]
+            grads = self.inner.backward(saved, inner_rest, needs, lifted)
+            level.refresh(grads)
+            found = [self._lowered(level, grad) for grad in grads]
+        return [
+            None if ct is None else ct.sum(0) if dim is None else ct.movedim(0, dim)
+            for ct, dim in zip(found, self.dims, strict=True)
+        ]
+
+    def jvp(self, tensors: Sequence[Any], rest: Any, tangents: Sequence[Any]) -> list[Any]:
+        """Map the inner jvp over the batch."""
+        inner_rest, bdims = rest
+        with self._level() as level:
+            saved = [_lift(level, t, bdim) for t, bdim in zip(tensors, bdims, strict=True)]
+            lifted = [_lift(level, t, dim) for t, dim in zip(tangents, self.dims, strict=True)]
+            out_ts = self.inner.jvp(saved, inner_rest, lifted)
+            level.refresh(out_ts)
+            return [self._lowered(level, t) for t in out_ts]
+
+
+def _lift(level: Any, value: Any, bdim: int | None) -> Any:
+    if not isinstance(value, Tensor) or bdim is None:
+        return value
+    # torch resolves the lazy bits above a handler and not inside it (as in `api.vmap_flat`).
+    if value.is_conj() or value.is_neg():
+        value = value.resolve_conj().resolve_neg()
+    return wrap(level, value, bdim)

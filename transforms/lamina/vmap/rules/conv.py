@@ -1,0 +1,195 @@
+"""Batching rules of convolutions.
+
+Three ways to hide a batch dim in a convolution: in N (only the input is batched), in the channels
+of the output (only the weight is), in the groups (both are). The gradients are more convolutions,
+each with its own best way; where the values of an operand do not matter, a dummy stands for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.vmap.dims import (
+    batch_first,
+    fold,
+    fold_behind,
+    logical_dims,
+    logical_shape,
+    unfold,
+    unfold_behind,
+    without,
+)
+from lamina.vmap.table import batching_rule
+
+aten = torch.ops.aten
+
+
+@batching_rule(aten.conv_tbc.default)
+def conv_tbc(info: Any, in_dims: Any, x: Any, weight: Any, bias: Any, pad: int = 0) -> Any:
+    """[B, T, N, C], [B, K, C, O], [B, O] -> [B, T, N, O]: a conv1d, its dims reordered."""
+    x, weight, bias = (
+        batch_first(v, d) for v, d in zip((x, weight, bias), in_dims[:3], strict=True)
+    )
+    x, weight = x.movedim(-3, -1), weight.movedim(-3, -1).transpose(-3, -2)
+    dims = [None if d is None else 0 for d in in_dims[:3]]
+    out, bdim = convolution(info, dims, x, weight, bias, [1], [pad], [1], False, [0], 1)
+    return batch_first(out, bdim).movedim(-1, -3), 0
+
+
+@batching_rule(aten.convolution.default)
+def convolution(
+    info: Any,
+    in_dims: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Any:
+    """[B, N, C, *S], [B, O, C / groups, *K], [B, O] -> [B, N, O, *S']"""
+    x_bdim, w_bdim, b_bdim = in_dims[:3]
+    size = info.batch_size
+    rest = (stride, padding, dilation, transposed, output_padding)
+    if b_bdim is not None:
+        late, bias = bias, None
+    else:
+        late = None
+    if w_bdim is None and x_bdim is None:
+        out, bdim = aten.convolution(x, weight, None, *rest, groups), None
+    elif w_bdim is None:
+        out = aten.convolution(fold(x, x_bdim, 0, size), weight, bias, *rest, groups)
+        out, bdim = unfold(out, 0, size), 0
+    elif x_bdim is None:
+        out, bdim = _of_weights(x, weight, w_bdim, size, rest, groups)
+        late, b_bdim, bias = (bias, None, None) if late is None else (late, b_bdim, None)
+    else:
+        if bias is not None:
+            bias = fold(bias, None, 0, size)
+        elif late is not None:
+            bias, late = fold(late, b_bdim, 0, size), None
+        out = aten.convolution(
+            fold(x, x_bdim, 1, size), fold(weight, w_bdim, 0, size), bias, *rest, groups * size
+        )
+        out, bdim = unfold(out, 1, size), 1
+    if late is None:
+        return out, bdim
+    return _add_bias(out, bdim, late, b_bdim)
+
+
+def _of_weights(x: Any, weight: Any, w_bdim: int, size: int, rest: Any, groups: int) -> Any:
+    """Only the weight is batched: its batch dim joins the output channels of each group."""
+    if rest[3]:  # transposed: [B, C, O / groups, *K]
+        many = fold(weight, w_bdim, 1, size)
+    else:
+        many = fold_behind(weight, w_bdim, 0, groups, size)
+    out = aten.convolution(x, many, None, *rest, groups)
+    return unfold_behind(out, 1, groups, size)
+
+
+def _add_bias(out: Any, bdim: Any, bias: Any, b_bdim: Any) -> Any:
+    out = batch_first(out, bdim)
+    if bdim is None:
+        out = out.unsqueeze(0)
+    shape = [1] * (out.dim() - 3)
+    bias = batch_first(bias, b_bdim)
+    return out + bias.reshape(
+        *bias.shape[:-1], *([1] if b_bdim is not None else []), bias.shape[-1], *shape
+    ), 0
+
+
+@batching_rule(aten.convolution_backward.default)
+def convolution_backward(
+    info: Any,
+    in_dims: Any,
+    ct: Any,
+    x: Any,
+    weight: Any,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Any,
+) -> Any:
+    """[B, N, O, *S'], [B, N, C, *S], [B, O, C / groups, *K] -> those of x, of weight, and [B, O]"""
+    size = info.batch_size
+    ct_bdim, x_bdim, w_bdim = in_dims[:3]
+    rest = (stride, padding, dilation, transposed, output_padding)
+    x_ct = w_ct = b_ct = None
+    x_to = w_to = b_to = None
+    if ct_bdim is not None and x_bdim is not None and w_bdim is not None and all(output_mask[:2]):
+        operands = fold(ct, ct_bdim, 1, size), fold(x, x_bdim, 1, size)
+        many = fold(weight, w_bdim, 0, size)
+        x_ct, w_ct, _ = aten.convolution_backward(
+            *operands, many, None, *rest, groups * size, [True, True, False]
+        )
+        x_ct, x_to, w_ct, w_to = unfold(x_ct, 1, size), 1, unfold(w_ct, 0, size), 0
+    else:
+        if output_mask[0]:
+            shape = logical_shape(x, x_bdim)
+            x_ct, x_to = _input_ct(ct, ct_bdim, shape, weight, w_bdim, size, rest, groups)
+        if output_mask[1]:
+            shape = logical_shape(weight, w_bdim)
+            w_ct, w_to = _weight_ct(ct, ct_bdim, x, x_bdim, shape, size, rest, groups)
+    if output_mask[2]:
+        channel = logical_dims(ct, ct_bdim)[1]
+        others = [dim for dim in logical_dims(ct, ct_bdim) if dim != channel]
+        b_ct = ct.sum(others)
+        b_to = None if ct_bdim is None else without(ct_bdim, *others)
+    return (x_ct, w_ct, b_ct), (x_to, w_to, b_to)
+
+
+def _dummy(like: Any, *shape: int) -> Any:
+    """A tensor of a shape whose values nobody reads, in the memory of one element."""
+    return like.new_zeros([1]).expand(shape)
+
+
+def _input_ct(
+    ct: Any, ct_bdim: Any, shape: Any, weight: Any, w_bdim: Any, size: int, rest: Any, groups: int
+) -> Any:
+    mask = [True, False, False]
+    n, c = shape[:2]
+    if ct_bdim is None and w_bdim is None:
+        x = _dummy(ct, *shape)
+        return aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0], None
+    if w_bdim is None:
+        x = _dummy(ct, size * n, *shape[1:])
+        ct = fold(ct, ct_bdim, 0, size)
+        x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0]
+        return unfold(x_ct, 0, size), 0
+    x = _dummy(ct, n, size * c, *shape[2:])
+    ct, weight = fold(ct, ct_bdim, 1, size), fold(weight, w_bdim, 0, size)
+    x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups * size, mask)[0]
+    return unfold(x_ct, 1, size), 1
+
+
+def _weight_ct(
+    ct: Any, ct_bdim: Any, x: Any, x_bdim: Any, shape: Any, size: int, rest: Any, groups: int
+) -> Any:
+    mask = [False, True, False]
+    transposed = rest[3]
+    if ct_bdim is None and x_bdim is None:
+        weight = _dummy(ct, *shape)
+        return aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[1], None
+    if groups == 1 and (ct_bdim is None or x_bdim is None):
+        # One of the two is shared: the other's batch dim counts as channels, without groups.
+        at = int((ct_bdim is None) != transposed)  # the dim of the weight that has these channels
+        many = list(shape)
+        many[at] *= size
+        ct = ct if ct_bdim is None else fold(ct, ct_bdim, 1, size)
+        x = x if x_bdim is None else fold(x, x_bdim, 1, size)
+        weight = _dummy(ct, *many)
+        w_ct = aten.convolution_backward(ct, x, weight, None, *rest, 1, mask)[1]
+        return unfold(w_ct, at, size), at
+    ct, x = fold(ct, ct_bdim, 1, size), fold(x, x_bdim, 1, size)
+    weight = _dummy(ct, size * shape[0], *shape[1:])
+    w_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups * size, mask)[1]
+    return unfold(w_ct, 0, size), 0
