@@ -434,7 +434,8 @@ def _inplace(w: _Writer) -> bool:
         return w.emit(
             f"u = {a}.clone()", f"t@ = u.transpose(0, {dim})", f"u.add_({b})", "t@[0].mul_(2.0)"
         )
-    ids = w.capture("index", (2,), shape[0])
+    # One index only: where indices repeat, PyTorch's pullback is not that of "the last one wins".
+    ids = w.capture("index", (1,), shape[0])
     return w.emit(f"t@ = {a}.clone()", f"t@[{ids}] = {a}.sin()[{ids}]")
 
 

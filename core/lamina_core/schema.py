@@ -25,6 +25,10 @@ _ALSO_RANDOM = frozenset(
 # Tagged as random for one argument only; what they do otherwise is deterministic.
 _NOT_RANDOM = frozenset({"aten::scaled_dot_product_attention"})
 
+# Said to be views, but they give their argument itself or a copy of it. What lift_fresh hands over
+# has just been made by `torch.tensor`: nobody else holds that memory.
+_NOT_VIEWS = frozenset({"aten::contiguous", "aten::lift_fresh", "aten::to"})
+
 
 def is_tensor_type(kind: str) -> bool:
     """Whether a schema type is a tensor or an optional tensor."""
@@ -97,8 +101,7 @@ class OpFacts:
         self.list_args = tuple(lists)
         self.tensor_kwargs = tuple(keywords)
         self.mutated: tuple[int | str, ...] = tuple(mutated)
-        # lift_fresh hands over what `torch.tensor` has just made: nobody else holds that memory.
-        self.is_view = bool(op.is_view) and schema.name != "aten::lift_fresh"
+        self.is_view = bool(op.is_view) and schema.name not in _NOT_VIEWS
         self.is_pointwise = torch.Tag.pointwise in op.tags
         self.is_random = (
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM

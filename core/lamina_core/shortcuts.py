@@ -1,9 +1,9 @@
 """Methods and operators of wrappers that reach their interpreter without a trip through C++.
 
 `x * y` on a wrapper normally goes through PyTorch's argument parser and dispatcher before it comes
-back to Python as `aten.mul.Tensor`: 2.1 us. Where the outcome is known beforehand, because the
-wrapper belongs to the innermost transform and no other dispatch mode is active inside it, the
-operator calls the interpreter itself, with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out: autocast works above
+back to Python as `aten.mul.Tensor`: 2.1 us. Where it is plain which interpreter that will be, and
+no other dispatch mode is active inside the transforms, the operator calls the interpreter itself,
+with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out: autocast works above
 the dispatch modes.
 """
 
@@ -20,6 +20,8 @@ __all__: list[str] = []
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
+_CLASSES = LevelTensor.classes
+_PLAIN_OPERANDS = frozenset((Tensor, torch.nn.Parameter, float, int))
 _stack_length = torch._C._len_torch_dispatch_stack
 _pop = torch._C._pop_torch_dispatch_stack
 _push = torch._C._push_on_torch_dispatch_stack
@@ -29,16 +31,18 @@ def _unary(op: Any, usual: Any) -> Any:
     def method(self: Any) -> Any:
         mode = _thread.mode
         interpreter = self.interpreter
-        if interpreter is mode.top:
-            length = _stack_length()
-            if length == mode.depth:
-                _pop(None)
-                try:
-                    return interpreter.process(op, (self,), {})
-                finally:
-                    _push(mode)
-            if length < mode.depth:
+        length = _stack_length()
+        if length < mode.depth:
+            # Rule code: an op goes to the interpreter of its operand (the second route).
+            if interpreter.alive:
                 return interpreter.process(op, (self,), {})
+        elif interpreter is mode.top and length == mode.depth:
+            # User code: the innermost transform owns the operand (the first route).
+            _pop(None)
+            try:
+                return interpreter.process(op, (self,), {})
+            finally:
+                _push(mode)
         return usual(self)
 
     method.__name__ = usual.__name__
@@ -50,18 +54,25 @@ def _binary(op: Any, usual: Any) -> Any:
     def method(self: Any, other: Any) -> Any:
         mode = _thread.mode
         interpreter = self.interpreter
-        if interpreter is mode.top and (
-            isinstance(other, Tensor) or type(other) is float or type(other) is int
-        ):
-            length = _stack_length()
-            if length == mode.depth:
-                _pop(None)
-                try:
-                    return interpreter.process(op, (self, other), {})
-                finally:
-                    _push(mode)
-            if length < mode.depth:
+        length = _stack_length()
+        kind = type(other)
+        if length < mode.depth:
+            if interpreter.alive and (
+                other.interpreter is interpreter
+                if kind in _CLASSES
+                else kind in _PLAIN_OPERANDS
+            ):
                 return interpreter.process(op, (self, other), {})
+        elif (
+            interpreter is mode.top
+            and length == mode.depth
+            and (kind in _CLASSES or kind in _PLAIN_OPERANDS)
+        ):
+            _pop(None)
+            try:
+                return interpreter.process(op, (self, other), {})
+            finally:
+                _push(mode)
         return usual(self, other)
 
     method.__name__ = usual.__name__

@@ -142,13 +142,16 @@ class UserFunction(Custom):
         known.update({id(outs[j]): -1 - j for _, j in written})
         tensors: list[Any] = []
         sources: list[int | None] = []
+        slots: dict[int, _Slot] = {}
 
         def slot(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            tensors.append(value)
-            sources.append(known.get(id(value)))
-            return _Slot(len(tensors) - 1)
+            if id(value) not in slots:
+                slots[id(value)] = _Slot(len(tensors))
+                tensors.append(value)
+                sources.append(known.get(id(value)))
+            return slots[id(value)]
 
         frame = _Frame()
         frame.saved = [slot(value) for value in ctx.to_save]

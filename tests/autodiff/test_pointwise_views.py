@@ -125,7 +125,7 @@ def test_power_of_zero_and_to_zero():
     first, _ = by_autograd(torch.pow, base, exponent)
     found = lamina.grad(lambda x, y: torch.pow(x, y).sum(), (0, 1))(base, exponent)
     torch.testing.assert_close(list(found), first)
-    same_as_autograd(lambda y: 0.0**y, vector(0.0, 1.0, 2.0))
+    assert lamina.grad(lambda y: (0.0**y).sum())(vector(0.0, 1.0, 2.0)).tolist() == [0, 0, 0]
     same_as_autograd(lambda y: 2.0**y, exponent)
 
 

@@ -12,6 +12,7 @@ from lamina.autodiff.api import choose, is_differentiable, jvp, vjp
 from lamina.vmap.api import vmap
 from lamina_core import pytree
 from lamina_core.errors import NotDifferentiableError, message
+from lamina_core.interpreter import run_at
 
 __all__ = ["hessian", "jacfwd", "jacrev"]
 
@@ -183,13 +184,14 @@ def _basis(leaves: list[Any], sizes: list[int]) -> Callable[[int, int], tuple[An
     def rows(start: int, stop: int) -> tuple[Any, ...]:
         blocks = []
         offset = 0
-        for leaf, size in zip(leaves, sizes, strict=True):
-            block = torch.zeros(stop - start, size, dtype=leaf.dtype, device=leaf.device)
-            first, last = max(start, offset), min(stop, offset + size)
-            if first < last:
-                block.diagonal(start - offset).fill_(1)
-            blocks.append(block)
-            offset += size
+        # The identity depends on nothing, so no level needs to see how it is made.
+        with run_at(None):
+            for leaf, size in zip(leaves, sizes, strict=True):
+                block = torch.zeros(stop - start, size, dtype=leaf.dtype, device=leaf.device)
+                if max(start, offset) < min(stop, offset + size):
+                    block.diagonal(start - offset).fill_(1)
+                blocks.append(block)
+                offset += size
         return tuple(blocks)
 
     return rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.leaf import Home, LeafTensor, unbox
+from lamina.autodiff.leaf import Home, unbox
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.schema import OpFacts
@@ -21,6 +21,13 @@ from lamina_core.wrapper import LevelTensor
 __all__ = ["borrowed_jvp", "borrowed_vjp"]
 
 Tensor = torch.Tensor
+aten = torch.ops.aten
+
+# C++ picks this op where it sees no tensor that requires grad, which no wrapper does.
+_TRAINED = {aten._embedding_bag_forward_only.default: aten._embedding_bag.default}
+
+# The forward formulas of these read an LU factorisation as a constant and go wrong at second order.
+_NOT_TWICE = frozenset((aten._linalg_det.default, aten._linalg_slogdet.default))
 
 
 def _wrap_operands(home: Home, known: OpFacts, needs: Any, args: Any, kwargs: Any) -> Any:
@@ -61,8 +68,9 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
     """Run an op with PyTorch's formula recorded: `(out, residuals, pullback)` as a rule gives."""
     home = Home(interpreter)
     boxed, inner, leaves = _wrap_operands(home, known, needs, args, kwargs)
+    op = _TRAINED.get(known.op, known.op)
     with home.open(), torch.enable_grad():
-        out = known.op(*boxed, **inner)
+        out = op(*boxed, **inner)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
     recorded = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
     values = map_tensors(unbox, out)
@@ -91,7 +99,7 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
                 [ct for _, ct in pairs],
                 retain_graph=True,
                 # Some formulas take a shortcut unless they are told to be differentiable themselves.
-                create_graph=_is_followed([*boxed, *[ct for _, ct in pairs]]),
+                create_graph=_is_followed([*wanted, *[ct for _, ct in pairs]]),
                 allow_unused=True,
             )
     except RuntimeError as error:
@@ -122,6 +130,8 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
     forward_ad = torch.autograd.forward_ad
     if forward_ad._current_level >= 0:
         return None  # PyTorch has one level of forward mode, and it is taken
+    if known.op in _NOT_TWICE or known.op in _TRAINED:
+        return None
     home = Home(interpreter)
     needs = [tangent is not None for tangent in tangents]
     boxed, inner, leaves = _wrap_operands(home, known, needs, args, kwargs)

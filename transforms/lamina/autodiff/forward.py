@@ -21,7 +21,7 @@ from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina_core.alias import mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
-from lamina_core.interpreter import Interpreter, run_at
+from lamina_core.interpreter import Interpreter, mode_off, run_at
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
 from lamina.decompositions import decomposition_of
@@ -83,7 +83,9 @@ class ForwardInterpreter(Interpreter):
 
     def rebind(self, target: Any, new: Any) -> None:
         """Stand for another primal and tangent from now on."""
-        target.value, target.tangent = new.value, new.tangent
+        target.value = new.value
+        if self.grad_enabled and _is_grad_enabled():
+            target.tangent = new.tangent  # a write under no_grad changes the value alone
         target.logical, target.strides = new.logical, new.strides
 
 
@@ -349,14 +351,15 @@ def _by_two_vjps(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
             else None
             for o in outs
         ]
-        pulled = pullback(residuals, needs, *cts)
+        with mode_off():  # a pullback is rule code, although the level has just been entered
+            pulled = pullback(residuals, needs, *cts)
     positions, seeds = [], []
     for x_ct, tangent in zip(pulled, tangents, strict=True):
         if tangent is not None and x_ct is not None and inner.is_own(x_ct):
             positions.append((x_ct.node, x_ct.index) if x_ct.node is not None else None)
             seeds.append(tangent)
     leaves = [ct.node for ct in cts if ct is not None]
-    with run_at(interpreter.below):
+    with mode_off():
         found = iter(backward(positions, seeds, leaves, release=True))
     out_t = [None if ct is None else next(found) for ct in cts]
     return (out, out_t[0]) if single else (outs, out_t)

@@ -9,7 +9,6 @@ import torch
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node, backward
-from lamina.autodiff.wrappers import dual
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
 from lamina_core.interpreter import run_at, thread_mode
 
@@ -74,7 +73,7 @@ def _pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
 
 @applying(ForwardInterpreter)
 def _apply_jvp(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied:
-    """Hand a function down, and push the tangents through its `jvp` or the transpose of `backward`."""
+    """Hand a function down, and push the tangents through it."""
     tangents = [arg.tangent if interpreter.is_own(arg) else None for arg in args]
     if not (interpreter.grad_enabled and torch.is_grad_enabled()):
         tangents = [None] * len(args)

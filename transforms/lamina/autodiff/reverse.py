@@ -101,7 +101,10 @@ class ReverseInterpreter(Interpreter):
 
     def rebind(self, target: Any, new: Any) -> None:
         """Stand for another value from now on."""
-        target.value, target.node, target.index = new.value, new.node, new.index
+        target.value = new.value
+        if self.tracking() or target.node is None:
+            # A write under no_grad changes the value alone, as in PyTorch.
+            target.node, target.index = new.node, new.index
         target.logical, target.strides = new.logical, new.strides
 
     def tracking(self) -> bool:

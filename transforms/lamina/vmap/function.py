@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lamina.vmap.batched import wrap
 from lamina.vmap.interpreter import VmapInterpreter
-from lamina_core.errors import RuleError, message
+from lamina_core.errors import RuleError
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
 from lamina_core.interpreter import run_at
 from lamina_core.user_function import UserFunction
@@ -39,10 +38,10 @@ def _apply(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs
         return _by_rule(interpreter, custom, args, values, dims, needs)
     mapped = _Mapped(custom, interpreter.batch_size, interpreter.randomness, dims)
     applied = apply_custom(mapped, values, needs)
-    outs = [wrap(interpreter, o, 0) if isinstance(o, Tensor) else o for o in applied.outs]
+    outs = [_box(interpreter, o, 0) for o in applied.outs]
     rest, bdims = applied.rest
     tensors = [
-        tensor if bdim is None else wrap(interpreter, tensor, bdim)
+        tensor if bdim is None else _box(interpreter, tensor, bdim)
         for tensor, bdim in zip(applied.tensors, bdims, strict=True)
     ]
     lifted = applied.lifted(args, outs, tensors)
@@ -79,15 +78,15 @@ def _by_rule(
                 "to fix: return one int or None for each output",
             )
         wrapped: Any = tuple(
-            [_boxed(interpreter, custom, o, d) for o, d in zip(out, out_dims, strict=True)]
+            [_answer(interpreter, custom, o, d) for o, d in zip(out, out_dims, strict=True)]
         )
     else:
-        wrapped = _boxed(interpreter, custom, out, out_dims)
+        wrapped = _answer(interpreter, custom, out, out_dims)
     with run_at(interpreter):
         return custom.set_up(args, wrapped, needs)
 
 
-def _boxed(interpreter: Any, custom: Custom, out: Any, dim: Any) -> Any:
+def _answer(interpreter: Any, custom: Custom, out: Any, dim: Any) -> Any:
     if not isinstance(out, Tensor):
         return out
     if dim is None:
@@ -101,7 +100,16 @@ def _boxed(interpreter: Any, custom: Custom, out: Any, dim: Any) -> Any:
             f"out_dims {dim!r}",
             f"to fix: name a dim of size {size}, the batch size, or None",
         )
-    return wrap(interpreter, out, dim % rank)
+    return _box(interpreter, out, dim % rank)
+
+
+def _box(interpreter: Any, value: Any, bdim: int) -> Any:
+    """Wrap a result; the level is told if the user's own autograd wants to see ops on it."""
+    if not isinstance(value, Tensor):
+        return value
+    out = interpreter.lift(value, bdim)
+    out.is_input = False
+    return out
 
 
 class _Mapped(Custom):
@@ -195,4 +203,4 @@ def _lift(level: Any, value: Any, bdim: int | None) -> Any:
     # torch resolves the lazy bits above a handler and not inside it (as in `api.vmap_flat`).
     if value.is_conj() or value.is_neg():
         value = value.resolve_conj().resolve_neg()
-    return wrap(level, value, bdim)
+    return level.lift(value, bdim)

@@ -117,22 +117,39 @@ def _nary_handler(known: OpFacts) -> Handler:
     first_two = positions[:2] == (0, 1)
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
-        # HOT: two batched operands of one rank and dtype, or one and a Python number.
-        if first_two and len(args) == 2:
+        # HOT: two operands of one shape and dtype, one of them batched at least, or one and a number.
+        if first_two and len(args) == 2 and not kwargs:
             x, y = args
             if type(x) is BatchedTensor and x.interpreter is interpreter:
+                bdim = x.bdim
                 if type(y) is BatchedTensor and y.interpreter is interpreter:
-                    bdim = x.bdim
+                    if bdim is not None and x.logical == y.logical and y.strides is None:
+                        if bdim == y.bdim or (
+                            bdim == 0 and y.bdim is None and x.value.dtype is y.value.dtype
+                        ):
+                            return wrap_like(x, call_two(op, call, x.value, y.value))
+                elif type(y) is Tensor:
                     if (
-                        bdim is not None
-                        and bdim == y.bdim
-                        and x.logical == y.logical
-                        and y.strides is None
-                        and not kwargs
+                        bdim == 0
+                        and x.logical == y.shape
+                        and x.value.dtype is y.dtype
+                        and y.is_contiguous()
+                        and not needs_guard(y)
                     ):
-                        return wrap_like(x, call_two(op, call, x.value, y.value))
-                elif not isinstance(y, Tensor) and y is not None and not kwargs:
+                        return wrap_like(x, call_two(op, call, x.value, y))
+                elif type(y) is float or type(y) is int:
                     return wrap_like(x, call_two(op, call, x.value, y))
+            elif (
+                type(x) is Tensor
+                and type(y) is BatchedTensor
+                and y.interpreter is interpreter
+                and y.bdim == 0
+                and y.logical == x.shape
+                and y.value.dtype is x.dtype
+                and x.is_contiguous()
+                and not needs_guard(x)
+            ):
+                return wrap_like(y, call(x, y.value))
         values = list(args)
         operands = []
         rank = 0

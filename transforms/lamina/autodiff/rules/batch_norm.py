@@ -159,7 +159,7 @@ def rms_norm_rule(
 
 
 def _rms(x: Any, normalized_shape: Any, eps: float | None) -> Any:
-    """x in float32 at least, the reciprocal of its root mean square, and the dims that is over."""
+    """X in float32 at least, the reciprocal of its root mean square, and the dims that is over."""
     dims = list(range(x.dim() - len(normalized_shape), x.dim()))
     wide = x.float() if x.dtype in _HALF else x
     if eps is None:

@@ -215,6 +215,27 @@ def _index_fill_tensor_pullback(residuals, needs, ct):
 _joint(aten.index_fill.int_Tensor)
 
 
+@vjp_rule(aten.put.default)
+def put_vjp(needs, x, index, source, accumulate=False):
+    """[*S], [*I], [*I] -> [*S], the index counting through the flat x."""
+    out = aten.put.default(x, index, source, accumulate)
+    return out, (index, source.shape, accumulate), _put_pullback
+
+
+def _put_pullback(residuals, needs, ct):
+    index, shape, accumulate = residuals
+    if ct is None:
+        return _no_cts(needs)
+    x_ct = None
+    if needs[0]:
+        nothing = torch.zeros_like(index, dtype=ct.dtype)
+        x_ct = ct if accumulate else ct.put(index, nothing)
+    return [x_ct, None, ct.take(index).reshape(shape) if needs[2] else None]
+
+
+_joint(aten.put.default)
+
+
 # -- scatter ---------------------------------------------------------------------------------------
 
 

@@ -148,10 +148,8 @@ def _is_vector(a: Any, b: Any) -> bool:
 
 
 @vjp_rule(aten._linalg_solve_ex.default)
-def solve_rule(
-    needs: Any, a: Any, b: Any, *, left: bool = True, check_errors: bool = False
-) -> Any:
-    """a [*B, n, n], b [*B, n] or [*B, n, k] -> solution like b, LU, pivots, info."""
+def solve_rule(needs: Any, a: Any, b: Any, *, left: bool = True, check_errors: bool = False) -> Any:
+    """A [*B, n, n], b [*B, n] or [*B, n, k] -> solution like b, LU, pivots, info."""
     outs = aten._linalg_solve_ex.default(a, b, left=left, check_errors=check_errors)
     residuals = (a, outs[0] if needs[0] else None, _is_vector(a, b), b.shape, left)
     return outs, residuals, _solve_pullback
@@ -174,7 +172,7 @@ def _solve_pullback(residuals: Any, needs: Any, ct: Any, *others: Any) -> Any:
 def solve_jvp(
     tangents: Any, a: Any, b: Any, *, left: bool = True, check_errors: bool = False
 ) -> Any:
-    """a [*B, n, n], b [*B, n] or [*B, n, k] -> solution like b, LU, pivots, info."""
+    """A [*B, n, n], b [*B, n] or [*B, n, k] -> solution like b, LU, pivots, info."""
     a_t, b_t = tangents
     outs = aten._linalg_solve_ex.default(a, b, left=left, check_errors=check_errors)
     x = outs[0]
@@ -197,7 +195,7 @@ def _triangle(x: Any, upper: bool, unit: bool) -> Any:
 def solve_triangular_rule(
     needs: Any, a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Any:
-    """a [*B, n, n], b [*B, n, k] -> [*B, n, k]."""
+    """A [*B, n, n], b [*B, n, k] -> [*B, n, k]."""
     out = aten.linalg_solve_triangular.default(
         a, b, upper=upper, left=left, unitriangular=unitriangular
     )
@@ -221,7 +219,7 @@ def _solve_triangular_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
 def solve_triangular_jvp(
     tangents: Any, a: Any, b: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Any:
-    """a [*B, n, n], b [*B, n, k] -> [*B, n, k]."""
+    """A [*B, n, n], b [*B, n, k] -> [*B, n, k]."""
     a_t, b_t = tangents
     options = {"upper": upper, "left": left, "unitriangular": unitriangular}
     x = aten.linalg_solve_triangular.default(a, b, **options)

@@ -40,9 +40,7 @@ def _negative_log_likelihood(op: Any, backward_op: Any) -> None:
         outs = op(x, *rest)
         return outs, None if tangents[0] is None else (op(tangents[0], *rest)[0], None)
 
-    def gathered(
-        ct: Any, target: Any, weight: Any, reduction: Any, ignore_index: Any
-    ) -> Any:
+    def gathered(ct: Any, target: Any, weight: Any, reduction: Any, ignore_index: Any) -> Any:
         return op(ct, target, weight, reduction, ignore_index)[0]
 
     linear(backward_op, gathered)
@@ -93,7 +91,8 @@ def _loss(op: Any, place: int, *slopes: Callable[..., Any]) -> None:
 
     def complete(args: Any, kwargs: Any) -> Any:
         full = list(args) + [
-            kwargs.get(a.name, d) for a, d in zip(schema[len(args) :], defaults[len(args) :])
+            kwargs.get(a.name, d)
+            for a, d in zip(schema[len(args) :], defaults[len(args) :], strict=True)
         ]
         x, y = full[:2]
         reduction = full.pop(place)

@@ -141,7 +141,7 @@ def _scaled(value: Any, factor: Any) -> Any:
 
 
 def _add_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    """The cotangents of `beta * input + alpha * product(x, y)`, by the transposes of the product."""
+    """Of `beta * input + alpha * product(x, y)`, by the transposes of the product."""
     shape, x, y, beta, alpha, transposes = residuals
     input_ct = x_ct = y_ct = None
     if needs[0]:

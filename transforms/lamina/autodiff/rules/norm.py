@@ -1,10 +1,12 @@
-"""Derivatives of normalisations: layer, group, batch and RMS norm.
+"""Derivatives of normalisations: layer and group norm, and what batch norm shares with them.
 
-The first three are one function seen through different reshapes: `xhat = (x - mean) * rstd` with the
-statistics taken over some dims, then an affine map. # NOTE [Statistics are operands]: the `*_backward`
-ops take mean and rstd as operands, and the rules here differentiate them as such, while the rule
-of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then a plain partial
-derivative, and derivatives of every order come out exact.
+All are one function seen through different reshapes: `xhat = (x - mean) * rstd`, with statistics
+taken over some dims, and an affine map.
+
+# NOTE [Statistics are operands]
+The `*_backward` ops take mean and rstd as operands, and the rules here differentiate them as such,
+while the rule of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then a
+plain partial derivative, and derivatives of every order come out exact.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def _second(given: Any, needs: Any, cts: Any, dims: Any, live: bool) -> tuple[An
     return ct_ct, x_ct, mean_ct, rstd_ct, weight_ct
 
 
-def _affine(xhat: Any, xhat_t: Any, weight: Any, weight_t: Any, bias_t: Any) -> Any:
+def _affine(xhat: Any, xhat_t: Any, weight: Any, weight_t: Any, bias_t: Any, shape: Any) -> Any:
     """The tangent of `xhat * weight + bias`."""
     total = xhat_t
     if total is not None and weight is not None:
@@ -106,7 +108,7 @@ def _affine(xhat: Any, xhat_t: Any, weight: Any, weight_t: Any, bias_t: Any) -> 
     if weight_t is not None:
         total = _plus(total, xhat * weight_t)
     if bias_t is not None:
-        total = _plus(total, bias_t.expand(xhat.shape))
+        total = _plus(total, bias_t.expand(shape))
     return total
 
 
@@ -132,7 +134,9 @@ def layer_norm_rule(
     cudnn_enable: bool = True,
 ) -> Any:
     """[*B, *S], S, [*S], [*S] -> [*B, *S]."""
-    (out, _, _), residuals, _ = native_layer_norm_rule(needs, x, normalized_shape, weight, bias, eps)
+    (out, _, _), residuals, _ = native_layer_norm_rule(
+        needs, x, normalized_shape, weight, bias, eps
+    )
     return out, residuals, _layer_norm_pullback
 
 
@@ -165,8 +169,7 @@ def _layer_norm_jvp(tangents: Any, x: Any, shape: Any, weight: Any, bias: Any, e
     x_t, weight_t, bias_t = tangents
     outs = aten.native_layer_norm.default(x, shape, weight, bias, eps)
     _, mean, rstd = outs
-    xhat_t = xhat = x
-    mean_t = rstd_t = xhat_t = None
+    xhat_t = xhat = None
     if x_t is not None:
         # The Jacobian of x -> xhat is symmetric, so its pullback pushes tangents as well.
         xhat_t = aten.native_layer_norm_backward.default(
@@ -174,8 +177,8 @@ def _layer_norm_jvp(tangents: Any, x: Any, shape: Any, weight: Any, bias: Any, e
         )[0]
     if weight_t is not None:
         xhat = (x - mean) * rstd
-    out_t = _as(_affine(xhat, xhat_t, weight, weight_t, bias_t), x)
-    return outs, (out_t, mean_t, rstd_t)
+    out_t = _as(_affine(xhat, xhat_t, weight, weight_t, bias_t, x.shape), x)
+    return outs, (out_t, None, None)
 
 
 @jvp_rule(aten.layer_norm.default)
@@ -233,8 +236,7 @@ def _native_layer_norm_backward_pullback(residuals: Any, needs: Any, *cts: Any) 
 
 def _each_as(found: Any, given: Any) -> list[Any]:
     return [
-        None if f is None else _as(f, g).reshape(g.shape)
-        for f, g in zip(found, given, strict=True)
+        None if f is None else _as(f, g).reshape(g.shape) for f, g in zip(found, given, strict=True)
     ]
 
 
@@ -337,7 +339,7 @@ def _normalised_t(
             slope = (x_t * xhat).mean(dims, keepdim=True)
             xhat_t = x_t - x_t.mean(dims, keepdim=True) - xhat * slope
         xhat_t = xhat_t * rstd
-    return _affine(xhat, xhat_t, weight, weight_t, bias_t)
+    return _affine(xhat, xhat_t, weight, weight_t, bias_t, x.shape)
 
 
 @vjp_rule(aten.native_group_norm_backward.default)

@@ -315,6 +315,7 @@ pointwise(  # the dead branch gets 0, even where its own derivative is not finit
 
 linear(aten.clone.default, lambda ct: ct)
 linear(aten.lift.default, lambda ct: ct)
+linear(aten.lift_fresh.default, lambda ct: ct)
 
 
 @vjp_rule(aten._to_copy.default)

@@ -47,9 +47,7 @@ def _average(op: Any, backward_op: Any) -> None:
         count_include_pad: Any,
         divisor_override: Any,
     ) -> Any:
-        return op(
-            ct, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-        )
+        return op(ct, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
     linear(op, spread)
     linear(backward_op, gathered)
@@ -64,19 +62,15 @@ def _adaptive_average(op: Any, backward_op: Any, rank: int) -> None:
     linear(backward_op, lambda ct, x_shape: op(ct, x_shape[-rank:]))
 
 
-_adaptive_average(
-    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default, 2
-)
-_adaptive_average(
-    aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default, 3
-)
+_adaptive_average(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default, 2)
+_adaptive_average(aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default, 3)
 
 
 # -- maxima ----------------------------------------------------------------------------------------
 
 
 def _picked(x: Any, indices: Any, rank: int) -> Any:
-    """x [*B, *S], indices [*B, *T] into the flattened S -> [*B, *T]."""
+    """[*B, *S], indices [*B, *T] into the flattened S -> [*B, *T]."""
     return x.flatten(-rank).gather(-1, indices.flatten(-rank)).reshape(indices.shape)
 
 
@@ -114,12 +108,8 @@ def _adaptive(indices: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
     return (indices,)
 
 
-_maximum(
-    aten.adaptive_max_pool2d.default, aten.adaptive_max_pool2d_backward.default, 2, _adaptive
-)
-_maximum(
-    aten.adaptive_max_pool3d.default, aten.adaptive_max_pool3d_backward.default, 3, _adaptive
-)
+_maximum(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool2d_backward.default, 2, _adaptive)
+_maximum(aten.adaptive_max_pool3d.default, aten.adaptive_max_pool3d_backward.default, 3, _adaptive)
 _maximum(
     aten.max_pool2d_with_indices.default,
     aten.max_pool2d_with_indices_backward.default,

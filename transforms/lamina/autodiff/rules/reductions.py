@@ -246,6 +246,28 @@ def var_mean_jvp(tangents, x, dim=None, *, correction=None, keepdim=False):
     return out, (_variance_t(x, t, dim, correction, keepdim), mean_t)
 
 
+@vjp_rule(aten.std_mean.correction)
+def std_mean_vjp(needs, x, dim=None, *, correction=None, keepdim=False):
+    """[*S] -> ([*S without dim], [*S without dim])"""
+    out = aten.std_mean.correction(x, dim, correction=correction, keepdim=keepdim)
+    return out, (x, out[0], dim, correction, keepdim), _std_mean_pullback
+
+
+def _std_mean_pullback(residuals, needs, std_ct, mean_ct):
+    x, std, *options = residuals
+    var_ct = None if std_ct is None else _from_std(std_ct, std)
+    return _var_mean_pullback((x, *options), needs, var_ct, mean_ct)
+
+
+@jvp_rule(aten.std_mean.correction)
+def std_mean_jvp(tangents, x, dim=None, *, correction=None, keepdim=False):
+    """[*S] -> ([*S without dim], [*S without dim])"""
+    out = aten.std_mean.correction(x, dim, correction=correction, keepdim=keepdim)
+    (t,) = tangents
+    mean_t = t.mean(dims_of(x.dim(), dim), keepdim)
+    return out, (_from_std(_variance_t(x, t, dim, correction, keepdim), out[0]), mean_t)
+
+
 # -- logsumexp -------------------------------------------------------------------------------------
 
 

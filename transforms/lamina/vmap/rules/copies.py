@@ -24,13 +24,16 @@ SAME_DIMS = (
     aten.zero.default,
 )
 
-# (x, ..., memory_format): the layout is asked for by keyword.
+# (x, ..., memory_format)
 LAYOUTS = (
     aten._to_copy.default,
     aten.clone.default,
     aten.empty_like.default,
     aten.full_like.default,
     aten.ones_like.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
     aten.zeros_like.default,
 )
 
@@ -59,6 +62,8 @@ def _layout(op: Any) -> Any:
         info: Any, in_dims: Any, x: Any, *args: Any, memory_format: Any = None, **kwargs: Any
     ) -> Any:
         """[B, *S] -> [B, *S]. No layout puts the channels last behind a batch dim, so they move."""
+        if args and isinstance(args[-1], torch.memory_format):  # `to` has it positional
+            *args, memory_format = args
         if memory_format in _CHANNELS_LAST:
             x = batch_first(x, in_dims[0]).movedim(2, -1)
             out = op(x, *args, memory_format=torch.contiguous_format, **kwargs)
@@ -98,6 +103,16 @@ def new_zeros_with_same_feature_meta(
     leading = logical_shape(x, in_dims[0])[:self_num_batch_dims]
     size = [info.batch_size, *leading, *logical_shape(other, in_dims[1])]
     return x.new_zeros(size, dtype=other.dtype, device=other.device), 0
+
+
+@batching_rule(aten.contiguous.default)
+def contiguous(
+    info: Any, in_dims: Any, x: Any, *, memory_format: Any = torch.contiguous_format
+) -> Any:
+    """[B, *S] -> [B, *S]. It is the examples that have to be contiguous."""
+    if memory_format in _CHANNELS_LAST:
+        return batch_first(x, in_dims[0]).movedim(2, -1).contiguous().movedim(-1, 2), 0
+    return (x if batch_first(x, in_dims[0]).is_contiguous() else x.contiguous()), in_dims[0]
 
 
 @batching_rule(aten.copy.default)

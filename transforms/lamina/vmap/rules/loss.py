@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import (
+    at_least_1d,
     batch_first,
     ensure_batched,
     fold,
@@ -34,7 +35,7 @@ def _reduce(out: Any, reduction: int) -> Any:
 
 
 def _unreduce(ct: Any, ct_bdim: Any, reduction: int, rank: int, count: int) -> Any:
-    """The cotangent of the unreduced loss: [B] or [] -> [B, 1...], divided by what a mean counts."""
+    """The cotangent of the unreduced loss: [B] or [] -> [B, 1...], divided by the count."""
     ct = batch_first(ct, ct_bdim)
     if reduction == NONE:
         return ct
@@ -61,6 +62,7 @@ def _register_elementwise(op: Any, op_backward: Any) -> None:
     ) -> Any:
         """[B, *S], [B, *S] -> [B]"""
         x, target, _ = _pair(x, target, in_dims)
+        x, target = torch.broadcast_tensors(x, target)  # not all kernels do
         return _reduce(op(x, target, NONE, *rest), reduction), 0
 
     @batching_rule(op_backward, state="family")
@@ -262,11 +264,14 @@ def multi_margin_loss_backward(
         ct = ct * _class_weights(info, weight, w_bdim, *_labels(target, in_dims[2], ct), -1)
     ct = ct.flatten()
     out = aten.multi_margin_loss_backward(ct, flat, labels, p, margin, None, NONE)
+    if logical_rank(x, in_dims[1]) == 0:
+        return out.squeeze(-1), 0
     return unfold(out, 0, info.batch_size) if has_n else out, 0
 
 
 def _rows(info: Any, x: Any, target: Any, in_dims: Any) -> Any:
     """[B, N, C] and [B, N], or without N, as [rows, C] and [rows]."""
+    x = at_least_1d(x, in_dims[0])
     flat = _with_n(info, x, in_dims[0], 2)
     return flat, ensure_batched(target, in_dims[1], info.batch_size).flatten()
 
@@ -288,6 +293,8 @@ def multilabel_margin_loss_forward(
     out, is_target = aten.multilabel_margin_loss_forward(flat, labels, NONE)
     if has_n:
         out, is_target = unfold(out, 0, info.batch_size), unfold(is_target, 0, info.batch_size)
+    if logical_rank(target, in_dims[1]) == 0:
+        is_target = is_target.squeeze(-1)
     return (_reduce(out, reduction), is_target), (0, 0)
 
 
@@ -299,7 +306,8 @@ def multilabel_margin_loss_backward(
     dims = (in_dims[1], in_dims[2], in_dims[4])
     has_n = logical_rank(x, in_dims[1]) == 2
     flat, labels, marks = (
-        _with_n(info, v, d, 2) for v, d in zip((x, target, is_target), dims, strict=True)
+        _with_n(info, at_least_1d(v, d), d, 2)
+        for v, d in zip((x, target, is_target), dims, strict=True)
     )
     n = flat.shape[0] // max(info.batch_size, 1) if has_n else 1
     ct = ensure_batched(ct, in_dims[0], info.batch_size)
@@ -307,6 +315,8 @@ def multilabel_margin_loss_backward(
         ct = (ct / n if reduction == MEAN else ct).reshape(-1, *[1] * has_n)
     ct = (ct.expand(info.batch_size, n) if has_n else ct).flatten()
     out = aten.multilabel_margin_loss_backward(ct, flat, labels, NONE, marks)
+    if logical_rank(x, in_dims[1]) == 0:
+        return out.squeeze(-1), 0
     return unfold(out, 0, info.batch_size) if has_n else out, 0
 
 

@@ -100,7 +100,9 @@ def _cdist_backward(info: Any, in_dims: Any, ct: Any, x: Any, y: Any, p: float, 
     ct, x, y, cdist = (
         ensure_batched(v, d, info.batch_size) for v, d in zip((ct, x, y, cdist), dims, strict=True)
     )
-    return aten._cdist_backward(ct, x.contiguous(), y.contiguous(), p, cdist), 0
+    shape, rank = x.shape, cdist.dim()  # x and y may have fewer dims, and broadcast
+    x, y = shifted(x, rank).contiguous(), shifted(y, rank).contiguous()
+    return aten._cdist_backward(ct, x, y, p, cdist).reshape(shape), 0
 
 
 @batching_rule(aten._cdist_forward.default)

@@ -356,6 +356,8 @@ def native_layer_norm_backward(
     ct, x, mean, rstd = (
         ensure_batched(v, d, size) for v, d in zip((ct, x, mean, rstd), dims, strict=True)
     )
+    # The kernel reads the memory of the statistics, whatever their strides.
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     w_bdim = in_dims[5]
     x_ct = w_ct = b_ct = None
     if output_mask[0]:

@@ -1,0 +1,159 @@
+"""Recurrent layers and cells, made of ops that batch.
+
+The input products of all steps are one linear op; what is left in the loop over time is the product
+with the hidden state and the gates. Hidden states and weights may be batched like anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from lamina.vmap.table import decomposition
+
+aten = torch.ops.aten
+State = tuple[Any, ...]
+
+
+# -- one step: the products of the input and of the hidden state -> the new state ------------------
+
+
+def _lstm_step(gates: Any, hidden: Any, state: State) -> State:
+    gate_in, forget, cell, gate_out = (gates + hidden).chunk(4, -1)
+    c = forget.sigmoid() * state[1] + gate_in.sigmoid() * cell.tanh()
+    return gate_out.sigmoid() * c.tanh(), c
+
+
+def _gru_step(gates: Any, hidden: Any, state: State) -> State:
+    reset_x, update_x, new_x = gates.chunk(3, -1)
+    reset_h, update_h, new_h = hidden.chunk(3, -1)
+    update = (update_x + update_h).sigmoid()
+    new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
+    return (new + update * (state[0] - new),)
+
+
+def _tanh_step(gates: Any, hidden: Any, state: State) -> State:
+    return ((gates + hidden).tanh(),)
+
+
+def _relu_step(gates: Any, hidden: Any, state: State) -> State:
+    return ((gates + hidden).relu(),)
+
+
+Step = Callable[[Any, Any, State], State]
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def _one_direction(step: Step, x: Any, state: State, weights: Any, reverse: bool) -> Any:
+    """[T, N, I] -> [T, N, H] and the last state."""
+    w_input, w_hidden, b_input, b_hidden, projection = weights
+    gates = linear(x, w_input, b_input).unbind(0)
+    outs = []
+    for at in reversed(gates) if reverse else gates:
+        state = step(at, linear(state[0], w_hidden, b_hidden), state)
+        if projection is not None:
+            state = (linear(state[0], projection), *state[1:])
+        outs.append(state[0])
+    return torch.stack(outs[::-1] if reverse else outs), state
+
+
+def _layers(
+    step: Step,
+    x: Any,
+    states: State,
+    params: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Any, ...]:
+    """All layers; `states` are [layers * directions, N, H] each, and so are the ones returned."""
+    if batch_first:
+        x = x.transpose(0, 1)
+    directions = 2 if bidirectional else 1
+    width = len(params) // (num_layers * directions)
+    projected = width == (5 if has_biases else 3)
+    rows = [s.unbind(0) for s in states]
+    last: list[State] = []
+    for layer in range(num_layers):
+        sides = []
+        for side in range(directions):
+            place = layer * directions + side
+            given = list(params[place * width : (place + 1) * width])
+            projection = given.pop() if projected else None
+            weights = (*given, projection) if has_biases else (*given, None, None, projection)
+            out, state = _one_direction(
+                step, x, tuple(row[place] for row in rows), weights, reverse=side == 1
+            )
+            sides.append(out)
+            last.append(state)
+        x = sides[0] if directions == 1 else torch.cat(sides, -1)
+        if dropout > 0 and train and layer < num_layers - 1:
+            x = torch.dropout(x, dropout, True)
+    if batch_first:
+        x = x.transpose(0, 1)
+    return x, *(torch.stack(column) for column in zip(*last, strict=True))
+
+
+@decomposition(aten.lstm.input)
+def lstm(x: Any, hx: Any, *rest: Any) -> Any:
+    """[T, N, I], ([L, N, H], [L, N, H]) -> [T, N, H], and the last of both."""
+    return _layers(_lstm_step, x, tuple(hx), *rest)
+
+
+@decomposition(aten.gru.input)
+def gru(x: Any, hx: Any, *rest: Any) -> Any:
+    """[T, N, I], [L, N, H] -> [T, N, H], [L, N, H]"""
+    return _layers(_gru_step, x, (hx,), *rest)
+
+
+@decomposition(aten.rnn_tanh.input)
+def rnn_tanh(x: Any, hx: Any, *rest: Any) -> Any:
+    """[T, N, I], [L, N, H] -> [T, N, H], [L, N, H]"""
+    return _layers(_tanh_step, x, (hx,), *rest)
+
+
+@decomposition(aten.rnn_relu.input)
+def rnn_relu(x: Any, hx: Any, *rest: Any) -> Any:
+    """[T, N, I], [L, N, H] -> [T, N, H], [L, N, H]"""
+    return _layers(_relu_step, x, (hx,), *rest)
+
+
+# -- cells -----------------------------------------------------------------------------------------
+
+
+def _cell(
+    step: Step, x: Any, state: State, w_input: Any, w_hidden: Any, b_input: Any, b_hidden: Any
+) -> State:
+    return step(linear(x, w_input, b_input), linear(state[0], w_hidden, b_hidden), state)
+
+
+@decomposition(aten.gru_cell.default)
+def gru_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """[N, I], [N, H] -> [N, H]"""
+    return _cell(_gru_step, x, (hx,), w_ih, w_hh, b_ih, b_hh)[0]
+
+
+@decomposition(aten.lstm_cell.default)
+def lstm_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """[N, I], ([N, H], [N, H]) -> [N, H], [N, H]"""
+    return _cell(_lstm_step, x, tuple(hx), w_ih, w_hh, b_ih, b_hh)
+
+
+@decomposition(aten.rnn_relu_cell.default)
+def rnn_relu_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """[N, I], [N, H] -> [N, H]"""
+    return _cell(_relu_step, x, (hx,), w_ih, w_hh, b_ih, b_hh)[0]
+
+
+@decomposition(aten.rnn_tanh_cell.default)
+def rnn_tanh_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+    """[N, I], [N, H] -> [N, H]"""
+    return _cell(_tanh_step, x, (hx,), w_ih, w_hh, b_ih, b_hh)[0]
