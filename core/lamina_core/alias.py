@@ -309,12 +309,25 @@ def _real(parent: Any, new: Any) -> Any:
     return torch.complex(new, torch.imag(parent))
 
 
+def _detached(parent: Any, new: Any) -> Any:
+    interpreter = parent.interpreter
+    if interpreter.differentiates and not interpreter.is_constant(parent):
+        raise interpreter.error(
+            MutationError,
+            "a write through detach() to a tensor that carries a derivative",
+            "PyTorch changes the value behind the back of the derivative, which is then wrong",
+            "to fix: write to the tensor itself, or to a clone of the detached one",
+        )
+    return new
+
+
 _INVERSES: dict[str, Any] = {
     "aten::_conj": lambda parent, new: torch.conj(new),
     "aten::_neg_view": lambda parent, new: -new,
     "aten::_reshape_alias": _reshaped,
     "aten::_unsafe_view": _reshaped,
     "aten::alias": _same,
+    "aten::detach": _detached,
     "aten::diagonal": lambda parent, new, *a, **k: torch.diagonal_scatter(parent, new, *a, **k),
     "aten::flatten": _reshaped,
     "aten::imag": _imaginary,

@@ -1,16 +1,17 @@
 """The door of `torch.autograd.Function`: a function that brings a backward of its own.
 
-`Function.apply` offers no hook to tensor subclasses, so it is replaced, once, by `_door`; without an
-active transform that leads straight to the original.
+`Function.apply` offers no hook to tensor subclasses, so `install` replaces it, once; without an
+active transform the new one leads straight to the original.
 
 # NOTE [Functions]
 A call is described by a `Custom` and goes down the levels like an op. Each interpreter hands it to
-the values of the level below, so that every level sees the function as a whole, and the user's
-forward runs once, at level 0, on plain tensors. What comes back (`Applied`) is lifted level by level:
-a tensor that forward saved is an argument or an output, and so known at every level, or else an
+the values of the level below, so every level sees the function as a whole, and the user's forward
+runs once, at level 0, on plain tensors. What comes back (`Applied`) is lifted level by level: a
+tensor that forward saved is an argument or an output, and so known at every level, or else an
 intermediate, which is a constant wherever it is differentiated, as it is in PyTorch.
-An interpreter that batches hands down another `Custom`, whose forward is the first one's mapped over
-the batch. One that differentiates keeps `Applied` and runs the backward as code of the level below.
+An interpreter that batches hands down another `Custom`, whose forward is the first one's mapped
+over the batch. One that differentiates keeps `Applied`, and runs the backward as code of the level
+below.
 """
 
 from __future__ import annotations

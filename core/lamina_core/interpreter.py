@@ -152,6 +152,8 @@ class Interpreter:
     wrapper: ClassVar[type[LevelTensor]]
     # The name of the transform in logs and tables.
     transform: ClassVar[str] = ""
+    # Whether `detach` makes a constant at a level of this kind.
+    differentiates: ClassVar[bool] = False
     # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
     keeps_values: ClassVar[bool] = False
 

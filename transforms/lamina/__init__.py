@@ -1,10 +1,10 @@
 """Lamina: composable function transforms for PyTorch."""
 
-from lamina.autodiff import function as _autodiff_function
+import lamina.autodiff.function
+import lamina.vmap.function  # noqa: F401 - and under vmap
 from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
 from lamina.functional import functional_call, stack_module_state
 from lamina.jacobians import hessian, jacfwd, jacrev
-from lamina.vmap import function as _vmap_function
 from lamina.vmap.api import vmap
 from lamina_core.config import config
 

@@ -1,7 +1,7 @@
 """Borrowed derivatives: PyTorch's own formula for the ops that have no rule here.
 
-The op is run once on `LeafTensor`s: wrappers with C++ autograd switched on, whose ops are lowered to
-the values inside. That records PyTorch's formula for this one op; pulling a cotangent back is
+The op is run once on `LeafTensor`s: wrappers with C++ autograd switched on, whose ops are lowered
+to the values inside. That records PyTorch's formula for this one op; pulling a cotangent back is
 `torch.autograd.grad` through it, every op of which is lowered again. So it composes with every
 level below, at 60-150 us a call.
 """
@@ -26,8 +26,16 @@ aten = torch.ops.aten
 # C++ picks this op where it sees no tensor that requires grad, which no wrapper does.
 _TRAINED = {aten._embedding_bag_forward_only.default: aten._embedding_bag.default}
 
-# The forward formulas of these read an LU factorisation as a constant and go wrong at second order.
-_NOT_TWICE = frozenset((aten._linalg_det.default, aten._linalg_slogdet.default))
+# Forward formulas that are not to be trusted: those of determinants read an LU factorisation as a
+# constant (wrong at second order), the others give zero or half of the tangent.
+_NO_FORWARD = frozenset(
+    (
+        aten._linalg_det.default,
+        aten._linalg_slogdet.default,
+        aten.as_strided_scatter.default,
+        aten.scatter_reduce.two,
+    )
+)
 
 
 def _wrap_operands(home: Home, known: OpFacts, needs: Any, args: Any, kwargs: Any) -> Any:
@@ -98,7 +106,7 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
                 wanted,
                 [ct for _, ct in pairs],
                 retain_graph=True,
-                # Some formulas take a shortcut unless they are told to be differentiable themselves.
+                # Some formulas take a shortcut unless they have to be differentiable themselves.
                 create_graph=_is_followed([*wanted, *[ct for _, ct in pairs]]),
                 allow_unused=True,
             )
@@ -130,7 +138,7 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
     forward_ad = torch.autograd.forward_ad
     if forward_ad._current_level >= 0:
         return None  # PyTorch has one level of forward mode, and it is taken
-    if known.op in _NOT_TWICE or known.op in _TRAINED:
+    if known.op in _NO_FORWARD or known.op in _TRAINED:
         return None
     home = Home(interpreter)
     needs = [tangent is not None for tangent in tangents]

@@ -39,6 +39,7 @@ class ForwardInterpreter(Interpreter):
 
     wrapper = DualTensor
     transform = "jvp"
+    differentiates = True
     handlers: ClassVar[dict[int, Any]] = {}
 
     def __str__(self) -> str:

@@ -100,15 +100,14 @@ def _apply_jvp(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: N
 
 def _transposed(custom: Custom, applied: Applied, mine: Needs, tangents: list[Any]) -> list[Any]:
     """J t as the transpose of ct -> J^T ct, which is linear: pull t back through the backward."""
+    zeros = [
+        torch.zeros_like(out) if _is_differentiable(out) and i not in applied.constant else None
+        for i, out in enumerate(applied.outs)
+    ]
+    if all(zero is None for zero in zeros):
+        return zeros
     with ReverseInterpreter("jvp by two vjps") as inner, torch.enable_grad():
-        cts = [
-            inner.leaf(torch.zeros_like(out))
-            if _is_differentiable(out) and i not in applied.constant
-            else None
-            for i, out in enumerate(applied.outs)
-        ]
-        if all(ct is None for ct in cts):
-            return cts
+        cts = [None if zero is None else inner.leaf(zero) for zero in zeros]
         pulled = custom.backward(applied.tensors, applied.rest, mine, cts)
         positions = [
             (ct.node, ct.index) if inner.is_own(ct) and ct.node is not None else None

@@ -45,6 +45,7 @@ class ReverseInterpreter(Interpreter):
 
     wrapper = TrackedTensor
     transform = "vjp"
+    differentiates = True
     keeps_values = True
     handlers: ClassVar[dict[int, Any]] = {}
 
@@ -169,6 +170,8 @@ def _constant_handler(known: OpFacts) -> Any:
         out = pass_through(interpreter, handle, op, args, kwargs, cut)
         if out is NotImplemented:
             out = constant_outputs(interpreter, known, args, cut)
+            if known.is_view:
+                record_views(out, op, args, kwargs)
         return out
 
     return handle
@@ -202,6 +205,7 @@ def positions_of(interpreter: Any, cut: Split) -> tuple[tuple[Node, int] | None,
     """The tape position of each operand; None for constants."""
     wrapper = TrackedTensor
     transform = "vjp"
+    differentiates = True
     return tuple(
         [
             (o.node, o.index)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "EmptyBatchError",
     "align",
     "at_least_1d",
     "batch_first",
@@ -35,6 +36,13 @@ __all__ = [
     "unfold_behind",
     "without",
 ]
+
+
+class EmptyBatchError(Exception):
+    """A rule folds a batch dim of size 0 into another, from which the other is not got back.
+
+    The op is then run as by the loop, which learns the shapes of its outputs from one example.
+    """
 
 
 def normalize(dim: int, rank: int) -> int:
@@ -117,19 +125,25 @@ def batch_size_of(values: Sequence[Any], in_dims: Sequence[int | None]) -> int:
 def fold(x: Any, x_bdim: int | None, into: int, size: int) -> Any:
     """Merge the batch dim into logical dim `into`: [B, *S] -> [*S with S[into] * B].
 
-    The batch varies slowest inside the merged dim. An unbatched `x` is expanded first.
+    The batch varies slowest inside the merged dim. An unbatched `x` is repeated.
     """
+    if size == 0:
+        raise EmptyBatchError
+    repeated = x_bdim is None
     x = ensure_batched(x, x_bdim, size)
     x = x.movedim(0, into)
     shape = x.shape
-    return x.reshape(*shape[:into], shape[into] * shape[into + 1], *shape[into + 2 :])
+    x = x.reshape(*shape[:into], shape[into] * shape[into + 1], *shape[into + 2 :])
+    # Next to a dim of size 1 the repetition is a view of stride 0, which not all kernels can read.
+    return x.contiguous() if repeated else x
 
 
 def unfold(x: Any, dim: int, size: int) -> Any:
     """Undo `fold`: split physical dim `dim` into [size, rest]; the batch dim is then `dim`."""
+    if size == 0:
+        raise EmptyBatchError
     shape = x.shape
-    rest = shape[dim] // size if size else 0
-    return x.reshape(*shape[:dim], size, rest, *shape[dim + 1 :])
+    return x.reshape(*shape[:dim], size, shape[dim] // size, *shape[dim + 1 :])
 
 
 def behind_batch(dim: int, rank: int) -> int:
@@ -205,7 +219,7 @@ def shifted(x: Any, rank: int) -> Any:
 
 def fold_behind(x: Any, x_bdim: int | None, dim: int, groups: int, size: int) -> Any:
     """`fold` with the groups outermost: logical dim [groups * rest] -> [groups * B * rest]."""
-    if groups == 1:
+    if groups == 1 or size == 0:
         return fold(x, x_bdim, dim, size)
     x = ensure_batched(x, x_bdim, size).unflatten(dim + 1, (groups, -1))
     return x.movedim(0, dim + 1).flatten(dim, dim + 2)

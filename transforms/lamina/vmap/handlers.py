@@ -14,7 +14,7 @@ import torch
 
 from lamina.decompositions import decomposition_of
 from lamina.vmap.batched import BatchedTensor, wrap, wrap_like
-from lamina.vmap.dims import pad_rank
+from lamina.vmap.dims import EmptyBatchError, pad_rank
 from lamina.vmap.fallback import loop_over_examples
 from lamina.vmap.randomness import batch_random
 from lamina.vmap.table import RULES, Info
@@ -254,7 +254,10 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
         if kwarg_dims:
             info = Info(interpreter, info.batch_size, info.randomness)
             info.kwarg_dims = kwarg_dims
-        answer = function(info, dims, *values, **inner)
+        try:
+            answer = function(info, dims, *values, **inner)
+        except EmptyBatchError:
+            answer = loop_over_examples(interpreter, op, values, dims, inner, kwarg_dims)
         if answer is NotImplemented:  # the rule leaves this case to the decomposition
             with run_at(interpreter):
                 return op.decompose(*args, **kwargs)

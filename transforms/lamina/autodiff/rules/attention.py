@@ -94,7 +94,7 @@ def attention_rule(
 
 
 def _attention_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    query, key, value, mask, options = residuals
+    query, key, value, mask, _ = residuals
     heads = _Heads(*residuals)
     p = heads.probabilities()
     ct = heads.split(ct)

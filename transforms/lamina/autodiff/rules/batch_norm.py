@@ -45,7 +45,7 @@ def native_batch_norm_rule(
     momentum: float,
     eps: float,
 ) -> Any:
-    """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C] (the latter empty in evaluation)."""
+    """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C] (empty in evaluation)."""
     outs = aten.native_batch_norm.default(
         x, weight, bias, running_mean, running_var, training, momentum, eps
     )
@@ -86,7 +86,7 @@ def native_batch_norm_jvp(
     momentum: float,
     eps: float,
 ) -> Any:
-    """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C] (the latter empty in evaluation)."""
+    """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C] (empty in evaluation)."""
     x_t, weight_t, bias_t, *_ = tangents
     outs = aten.native_batch_norm.default(
         x, weight, bias, running_mean, running_var, training, momentum, eps

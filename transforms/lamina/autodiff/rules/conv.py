@@ -1,8 +1,8 @@
 """Derivatives of convolutions, plain and transposed.
 
-All of `conv1d` ... `conv_transpose3d` decompose to `aten.convolution`, whose pullback is one call of
-`aten.convolution_backward`. That op is linear in the cotangent and in the factor that each of its
-outputs uses, so its own derivatives are convolutions and their pullbacks again, to every order.
+All of `conv1d` ... `conv_transpose3d` decompose to `aten.convolution`, whose pullback is one call
+of `aten.convolution_backward`. That op is linear in the cotangent and in the factor that each of
+its outputs uses: its own derivatives are convolutions and their pullbacks again, to every order.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def convolution_backward_rule(
 def _convolution_backward_pullback(
     residuals: Any, needs: Any, x_cc: Any, weight_cc: Any, bias_cc: Any
 ) -> Any:
-    """The cotangents of the three cotangents: by <weight_cc, weight_ct> = <conv(x, weight_cc), ct>."""
+    """Cotangents of the cotangents, by <weight_cc, weight_ct> = <conv(x, weight_cc), ct>."""
     ct, x, weight, settings = residuals
     out_ct = out_x = out_weight = None
     if needs[0]:

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _spread(ct: Any, x_shape: Any, indices: Any, padding_idx: Any, scale_grad_by_freq: bool) -> Any:
-    """Ct [*I, D], indices [*I] -> [N, D]."""
+    """[*I, D], indices [*I] -> [N, D]."""
     return aten.embedding_dense_backward.default(
         ct, indices, x_shape[0], padding_idx, scale_grad_by_freq
     )
@@ -24,7 +24,7 @@ def _spread(ct: Any, x_shape: Any, indices: Any, padding_idx: Any, scale_grad_by
 def _looked_up(
     ct: Any, indices: Any, num_weights: Any, padding_idx: Any, scale_grad_by_freq: bool
 ) -> Any:
-    """Ct [N, D], indices [*I] -> [*I, D]. Rows of the padding index have no part in the gradient."""
+    """[N, D], indices [*I] -> [*I, D]. Rows of the padding index have no part in the gradient."""
     out = aten.embedding.default(ct, indices)
     if padding_idx >= 0:
         out = out.masked_fill((indices == padding_idx).unsqueeze(-1), 0)

@@ -104,7 +104,7 @@ def inv_jvp(tangents: Any, x: Any, *, check_errors: bool = False) -> Any:
 
 
 def _gaps(values: Any) -> Any:
-    """[*B, n] -> [*B, n, n]: 1 / (value_j - value_i), zero on the diagonal, safe to differentiate."""
+    """[*B, n] -> [*B, n, n]: 1 / (value_j - value_i), 0 on the diagonal, safe to differentiate."""
     gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
     same = torch.ones_like(gaps, dtype=torch.bool).tril().triu()
     return gaps.masked_fill(same, 1).reciprocal().masked_fill(same, 0)

@@ -1,8 +1,8 @@
 """Derivatives of losses.
 
 `cross_entropy_loss` decomposes to `log_softmax` and `nll_loss_forward`, which is linear in the
-log-probabilities; `l1_loss` and `kl_div` decompose to elementwise ops. The others are an elementwise
-function and a reduction: a table gives the slope in each operand.
+log-probabilities; `l1_loss` and `kl_div` decompose to elementwise ops. The others are an
+elementwise function and a reduction: a table gives the slope in each operand.
 """
 
 from __future__ import annotations

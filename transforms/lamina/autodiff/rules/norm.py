@@ -5,8 +5,8 @@ taken over some dims, and an affine map.
 
 # NOTE [Statistics are operands]
 The `*_backward` ops take mean and rstd as operands, and the rules here differentiate them as such,
-while the rule of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then a
-plain partial derivative, and derivatives of every order come out exact.
+while the rule of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then
+a plain partial derivative, and derivatives of every order come out exact.
 """
 
 from __future__ import annotations

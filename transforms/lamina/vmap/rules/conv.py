@@ -16,7 +16,9 @@ from lamina.vmap.dims import (
     fold,
     fold_behind,
     logical_dims,
+    logical_rank,
     logical_shape,
+    pad_rank,
     unfold,
     unfold_behind,
     without,
@@ -56,30 +58,27 @@ def convolution(
     x_bdim, w_bdim, b_bdim = in_dims[:3]
     size = info.batch_size
     rest = (stride, padding, dilation, transposed, output_padding)
-    if b_bdim is not None:
-        late, bias = bias, None
-    else:
-        late = None
-    if w_bdim is None and x_bdim is None:
-        out, bdim = aten.convolution(x, weight, None, *rest, groups), None
-    elif w_bdim is None:
+    if x_bdim is not None and w_bdim is not None:
+        operands = fold(x, x_bdim, 1, size), fold(weight, w_bdim, 0, size)
+        many = None if bias is None else fold(bias, b_bdim, 0, size)
+        out = aten.convolution(*operands, many, *rest, groups * size)
+        return unfold(out, 1, size), 1
+    if w_bdim is None and b_bdim is None:
         out = aten.convolution(fold(x, x_bdim, 0, size), weight, bias, *rest, groups)
-        out, bdim = unfold(out, 0, size), 0
-    elif x_bdim is None:
+        return unfold(out, 0, size), 0
+    if w_bdim is not None:
         out, bdim = _of_weights(x, weight, w_bdim, size, rest, groups)
-        late, b_bdim, bias = (bias, None, None) if late is None else (late, b_bdim, None)
+    elif x_bdim is not None:
+        out = aten.convolution(fold(x, x_bdim, 0, size), weight, None, *rest, groups)
+        out, bdim = unfold(out, 0, size), 0
     else:
-        if bias is not None:
-            bias = fold(bias, None, 0, size)
-        elif late is not None:
-            bias, late = fold(late, b_bdim, 0, size), None
-        out = aten.convolution(
-            fold(x, x_bdim, 1, size), fold(weight, w_bdim, 0, size), bias, *rest, groups * size
-        )
-        out, bdim = unfold(out, 1, size), 1
-    if late is None:
+        out, bdim = aten.convolution(x, weight, None, *rest, groups).unsqueeze(0), 0
+    if bias is None:
         return out, bdim
-    return _add_bias(out, bdim, late, b_bdim)
+    out = batch_first(out, bdim)
+    bias = batch_first(bias, b_bdim)
+    bias = bias.reshape(*bias.shape, *[1] * len(stride))
+    return out + pad_rank(bias, None if b_bdim is None else 0, logical_rank(out, 0)), 0
 
 
 def _of_weights(x: Any, weight: Any, w_bdim: int, size: int, rest: Any, groups: int) -> Any:
@@ -90,17 +89,6 @@ def _of_weights(x: Any, weight: Any, w_bdim: int, size: int, rest: Any, groups: 
         many = fold_behind(weight, w_bdim, 0, groups, size)
     out = aten.convolution(x, many, None, *rest, groups)
     return unfold_behind(out, 1, groups, size)
-
-
-def _add_bias(out: Any, bdim: Any, bias: Any, b_bdim: Any) -> Any:
-    out = batch_first(out, bdim)
-    if bdim is None:
-        out = out.unsqueeze(0)
-    shape = [1] * (out.dim() - 3)
-    bias = batch_first(bias, b_bdim)
-    return out + bias.reshape(
-        *bias.shape[:-1], *([1] if b_bdim is not None else []), bias.shape[-1], *shape
-    ), 0
 
 
 @batching_rule(aten.convolution_backward.default)

@@ -134,7 +134,7 @@ def binary_cross_entropy_backward(
 def _with_n(info: Any, value: Any, bdim: Any, rank: int) -> Any:
     """[B, N, *S] -> [B * N, *S]; without N (less than `rank` logical dims) the batch dim is N."""
     if logical_rank(value, bdim) < rank:
-        return ensure_batched(value, bdim, info.batch_size)
+        return ensure_batched(value, bdim, info.batch_size).contiguous()
     return fold(value, bdim, 0, info.batch_size)
 
 
@@ -289,7 +289,8 @@ def multilabel_margin_loss_forward(
 ) -> Any:
     """[B, N, C], [B, N, C] -> [B], [B, N, C]"""
     has_n = logical_rank(x, in_dims[0]) == 2
-    flat, labels = (_with_n(info, v, d, 2) for v, d in zip((x, target), in_dims[:2], strict=True))
+    pairs = zip((x, target), in_dims[:2], strict=True)
+    flat, labels = (_with_n(info, at_least_1d(v, d), d, 2) for v, d in pairs)
     out, is_target = aten.multilabel_margin_loss_forward(flat, labels, NONE)
     if has_n:
         out, is_target = unfold(out, 0, info.batch_size), unfold(is_target, 0, info.batch_size)

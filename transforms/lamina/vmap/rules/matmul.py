@@ -102,7 +102,7 @@ def _cdist_backward(info: Any, in_dims: Any, ct: Any, x: Any, y: Any, p: float, 
     )
     shape, rank = x.shape, cdist.dim()  # x and y may have fewer dims, and broadcast
     x, y = shifted(x, rank).contiguous(), shifted(y, rank).contiguous()
-    return aten._cdist_backward(ct, x, y, p, cdist).reshape(shape), 0
+    return aten._cdist_backward(ct, x, y, p, cdist).sum_to_size(x.shape).reshape(shape), 0
 
 
 @batching_rule(aten._cdist_forward.default)

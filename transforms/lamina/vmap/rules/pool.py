@@ -94,13 +94,14 @@ def _into_n(info: Any, in_dims: Any, op: Any, spatial: int, args: Any, kwargs: A
     size = info.batch_size
     has_n = logical_rank(args[0], in_dims[0]) > spatial + 1
     values = list(args)
-    for at in facts(op).tensor_args:
-        if at < len(args):
-            values[at] = (
-                fold(args[at], in_dims[at], 0, size)
-                if has_n
-                else ensure_batched(args[at], in_dims[at], size)
-            )
+    places = facts(op).tensor_args
+    for at in places:
+        value = args[at]
+        join = (
+            fold(value, in_dims[at], 0, size) if has_n else ensure_batched(value, in_dims[at], size)
+        )
+        # Some kernels of several tensors read their memory, whatever the strides.
+        values[at] = join.contiguous() if len(places) > 1 else join
     out = op(*values, **kwargs)
     if not has_n:
         return out, 0
@@ -161,7 +162,7 @@ def _register_fractional(op: Any, spatial: int) -> None:
         size = info.batch_size
         has_n = logical_rank(x, in_dims[0]) > spatial + 1
         x = fold(x, in_dims[0], 0, size) if has_n else ensure_batched(x, in_dims[0], size)
-        samples = ensure_batched(samples, in_dims[3], size).flatten(0, 1)
+        samples = fold(samples, in_dims[3], 0, size)
         outs = op(x, kernel_size, output_size, samples)
         return tuple(unfold(out, 0, size) if has_n else out for out in outs), 0
 

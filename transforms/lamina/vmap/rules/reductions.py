@@ -16,12 +16,14 @@ from lamina.vmap.dims import (
     behind_batch,
     logical_dims,
     logical_rank,
+    pad_rank,
     physical,
     physical_dims,
     unfold,
     without,
 )
 from lamina.vmap.table import batching_rule
+from lamina_core.errors import DataDependentError
 
 aten = torch.ops.aten
 
@@ -284,3 +286,17 @@ for _op in [
 def trace(info: Any, in_dims: Any, x: Any) -> Any:
     """[B, n, m] -> [B]"""
     return batch_first(x, in_dims[0]).diagonal(0, 1, 2).sum(-1), 0
+
+
+@batching_rule(aten.allclose.default)
+def allclose(info: Any, in_dims: Any, x: Any, y: Any, *rest: Any, **options: Any) -> Any:
+    """[B, *S], [B, *S] -> one Python value: True if all examples are close, else nobody knows."""
+    rank = max(logical_rank(x, in_dims[0]), logical_rank(y, in_dims[1]))
+    x, y = pad_rank(x, in_dims[0], rank), pad_rank(y, in_dims[1], rank)
+    if torch.allclose(x, y, *rest, **options):
+        return True, None
+    raise info.interpreter.error(
+        DataDependentError,
+        "aten.allclose.default needs one Python value, but not all examples are close",
+        "to fix: use torch.isclose(...).all(), which gives a value per example",
+    )
