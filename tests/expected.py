@@ -11,8 +11,13 @@ from contextlib import contextmanager
 
 _PYTHON_VALUE = "the result is a Python value, and examples have different ones"
 
+_ONE_STATISTIC = "one running statistic cannot take the updates of several examples"
+
 EXPECTED: dict[tuple[str, str, str], str] = {
     ("item", "", "vmap"): _PYTHON_VALUE,
+    ("nn.functional.batch_norm", "", "vmap"): _ONE_STATISTIC,
+    ("nn.functional.batch_norm", "", "vmap_vjp"): _ONE_STATISTIC,
+    ("nn.functional.instance_norm", "", "vmap_vjp"): _ONE_STATISTIC,
 }
 
 

@@ -22,6 +22,8 @@ _ALSO_RANDOM = frozenset(
         "aten::feature_alpha_dropout",
     }
 )
+# Elementwise although torch does not tag them so.
+_ALSO_POINTWISE = frozenset({"aten::complex", "aten::polar", "aten::rsub"})
 # Tagged as random for one argument only; what they do otherwise is deterministic.
 _NOT_RANDOM = frozenset({"aten::scaled_dot_product_attention"})
 
@@ -102,7 +104,7 @@ class OpFacts:
         self.tensor_kwargs = tuple(keywords)
         self.mutated: tuple[int | str, ...] = tuple(mutated)
         self.is_view = bool(op.is_view) and schema.name not in _NOT_VIEWS
-        self.is_pointwise = torch.Tag.pointwise in op.tags
+        self.is_pointwise = torch.Tag.pointwise in op.tags or schema.name in _ALSO_POINTWISE
         self.is_random = (
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM
         ) and schema.name not in _NOT_RANDOM

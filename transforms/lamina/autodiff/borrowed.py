@@ -27,12 +27,11 @@ aten = torch.ops.aten
 _TRAINED = {aten._embedding_bag_forward_only.default: aten._embedding_bag.default}
 
 # Forward formulas that are not to be trusted: those of determinants read an LU factorisation as a
-# constant (wrong at second order), the others give zero or half of the tangent.
+# constant (wrong at second order), the other gives zero where it has none.
 _NO_FORWARD = frozenset(
     (
         aten._linalg_det.default,
         aten._linalg_slogdet.default,
-        aten.as_strided_scatter.default,
         aten.scatter_reduce.two,
     )
 )

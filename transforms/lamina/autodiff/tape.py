@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lamina.autodiff import saved as _saved
 from lamina.autodiff.leaf import LeafTensor
 from lamina_core.config import config
 from lamina_core.errors import MutationError, RuleError, message
@@ -65,7 +66,11 @@ class Node:
     ) -> None:
         self.name = name
         self.pullback = pullback
-        self.residuals: tuple[Any, ...] | None = residuals
+        if _saved.active:
+            residuals = _saved.pack(residuals)
+            if type(residuals) is _saved.Packed:
+                versions = ()
+        self.residuals: Any = residuals
         self.needs = needs
         self.parents = parents
         self.outputs = outputs
@@ -153,6 +158,7 @@ def backward(
     for position, ct in zip(outputs, cotangents, strict=True):
         if position is not None and ct is not None:
             send(*position, ct)
+    group = None
     ct = received = residuals = cts = None  # whatever is named here would live through the pass
     while heap:
         sequence = -heappop(heap)
@@ -165,6 +171,9 @@ def backward(
         residuals = node.residuals
         if residuals is None:
             raise RuleError(f"the tape of {node.name} has been released by an earlier pass")
+        if type(residuals) is _saved.Packed:
+            group = group or _saved.new_group()
+            residuals = residuals.unpack(group)
         for residual, version in zip(residuals, node.versions):  # noqa: B905 - HOT
             if version is not None and residual._version != version:
                 raise _written_over(node)

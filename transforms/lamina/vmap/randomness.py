@@ -31,6 +31,10 @@ def batch_random(
     op = known.op
     size = interpreter.batch_size
     batched = any(d is not None for d in _flat(dims))
+    if op is aten.native_dropout.default and (not values[2] or values[1] in (0.0, 1.0)):
+        # All or nothing is kept, so nothing is drawn.
+        out, mask = lower(interpreter, op, tuple(values), kwargs)
+        return (out, mask), (dims[0], dims[0])
     if interpreter.randomness == "error":
         raise interpreter.error(
             RandomnessError,
@@ -106,10 +110,12 @@ def _same_for_all(
             del shape[dims[0]]
             example = values[0].new_zeros(shape)
         return lower(interpreter, known.op, (example, *values[1:]), kwargs), None
+    if known.op is aten.bernoulli.default:
+        p = ensure_batched(values[0], dims[0], interpreter.batch_size)
+        draw = lower(interpreter, aten.rand.default, (list(p.shape[1:]),), {"device": p.device})
+        return (draw < p).to(p.dtype), 0
     if name == "aten::native_dropout":
-        x, p, train = values
-        if not train:
-            return (x, torch.ones_like(x, dtype=torch.bool)), (dims[0], dims[0])
+        x, p, _ = values
         shape = [s for i, s in enumerate(x.shape) if i != dims[0]]
         ones = x.new_ones(shape)
         scaled, mask = lower(interpreter, aten.native_dropout.default, (ones, p, True), {})

@@ -1,0 +1,230 @@
+"""Saved-tensor hooks on the tape: `saved_tensors_hooks`, `save_on_cpu`, non-reentrant `checkpoint`.
+
+# NOTE [Saved tensors]
+While a pair of hooks is active, a new node hands every residual to the pack hook, and the pass gets
+it back from the unpack hook. Hooks see plain tensors only: of a residual that is a wrapper of a
+lower level, the plain tensor at the bottom is packed, and the layers around it are kept as they
+are, so the gradients of the lower levels are those of the tensor that was saved.
+
+Checkpointing runs its function again when the first residual is unpacked, and tells what was saved
+by counting. So the levels that were active when the checkpoint was entered come to life again for
+the second run, and a node is packed only while the innermost of them is the top of the stack: what
+a `grad` inside the checkpointed function saves is in neither count.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
+
+from lamina.autodiff.leaf import LeafTensor
+from lamina_core.interpreter import BELOW_AUTOGRAD, Interpreter, OuterState, run_at, thread_mode
+from lamina_core.wrapper import LevelTensor, make_wrapper
+
+__all__ = ["Packed", "new_group", "pack", "without_hooks"]
+
+_C = torch._C
+_CLASSES = LevelTensor.classes
+_RECOMPUTING = (checkpoint._checkpoint_hook, checkpoint._recomputation_hook)
+Tensor = torch.Tensor
+
+active = 0  # how many hooks are entered in the process: all that a node looks at while it is 0
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.entered: list[_Hooks] = []
+
+
+_thread = _Thread()
+
+
+class _Hooks:
+    """A pair of hooks, and the levels that were active when it was entered."""
+
+    __slots__ = ("outer", "pair", "recomputes", "top")
+
+    def __init__(self, pair: Any) -> None:
+        mode = thread_mode()
+        self.pair = pair
+        self.top: Interpreter | None = mode.top
+        self.outer: OuterState | None = mode.outer
+        self.recomputes = isinstance(pair, _RECOMPUTING)
+
+    def wants(self) -> bool:
+        """Whether nodes that are made now are packed."""
+        return not self.recomputes or thread_mode().top is self.top
+
+    def pack(self, plain: Any) -> Any:
+        """Call the pack hook, at level 0."""
+        with run_at(None), torch.no_grad():
+            return self.pair.pack_hook(plain)
+
+    def unpack(self, packed: Any) -> Any:
+        """Call the unpack hook, at the level where it may run the function again."""
+        top = self.top if self.recomputes else None
+        with _alive(top, self.outer), run_at(top):
+            return self.pair.unpack_hook(packed)
+
+
+@contextmanager
+def _alive(top: Interpreter | None, outer: OuterState | None) -> Iterator[None]:
+    """Let popped levels take part again."""
+    if top is None:
+        yield
+        return
+    mode = thread_mode()
+    dead = [interpreter for interpreter in top.path() if not interpreter.alive]
+    saved = mode.outer, mode.depth
+    mode.outer = outer
+    for interpreter in dead:
+        interpreter.alive = True
+    try:
+        with _C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
+            mode.depth = _C._len_torch_dispatch_stack() + (not mode.is_on())
+            yield
+    finally:
+        mode.outer, mode.depth = saved
+        for interpreter in dead:
+            interpreter.alive = False
+
+
+class Packed:
+    """The residuals of a node, in the hands of hooks; empty to whoever looks for tensors."""
+
+    __slots__ = ("hooks", "items")
+
+    def __init__(self, hooks: _Hooks, residuals: Any) -> None:
+        self.hooks = hooks
+        self.items = self._packed(residuals)
+
+    def __len__(self) -> int:
+        return 0
+
+    def _packed(self, residual: Any) -> Any:
+        if isinstance(residual, (tuple, list)):
+            return type(residual)([self._packed(item) for item in residual])
+        if not isinstance(residual, Tensor) or isinstance(residual, LeafTensor):
+            return residual
+        layers = []
+        plain: Any = residual
+        while type(plain) in _CLASSES:
+            layers.append(_Layer(plain))
+            plain = plain.value
+        if plain.requires_grad:
+            return residual  # what hooks give back would be unknown to the user's own autograd
+        return _Item(layers, self.hooks.pack(plain))
+
+    def unpack(self, group: Any) -> Any:
+        """The residuals; under one group a checkpointed function runs again only once."""
+        before = _C._get_graph_exec_group()
+        _C._set_graph_exec_group(group)
+        try:
+            return self._unpacked(self.items)
+        finally:
+            _C._set_graph_exec_group(before)
+
+    def _unpacked(self, item: Any) -> Any:
+        if isinstance(item, (tuple, list)):
+            return type(item)([self._unpacked(one) for one in item])
+        if type(item) is not _Item:
+            return item
+        value = self.hooks.unpack(item.packed)
+        for layer in reversed(item.layers):
+            value = layer.around(value)
+        return value
+
+
+class _Item:
+    """A packed tensor, and the layers around it, the highest level first."""
+
+    __slots__ = ("layers", "packed")
+
+    def __init__(self, layers: list[_Layer], packed: Any) -> None:
+        self.layers = layers
+        self.packed = packed
+
+
+class _Layer:
+    """A wrapper without its value."""
+
+    __slots__ = ("device", "dtype", "fields", "kind", "size", "stride")
+
+    def __init__(self, wrapper: Any) -> None:
+        self.kind = type(wrapper)
+        self.size = wrapper.shape
+        self.stride = wrapper.stride()
+        self.dtype = wrapper.dtype
+        self.device = wrapper.device
+        self.fields = {k: v for k, v in wrapper.__dict__.items() if k not in ("value", "recipe")}
+
+    def around(self, value: Any) -> Any:
+        """The wrapper, of a value."""
+        out = make_wrapper(
+            self.kind, self.size, self.stride, dtype=self.dtype, device=self.device
+        )
+        out.__dict__.update(self.fields)
+        out.value = value
+        return out
+
+
+def pack(residuals: Any) -> Any:
+    """The residuals of a new node as the active hooks want them."""
+    entered = _thread.entered
+    if not entered or not entered[-1].wants():
+        return residuals
+    return Packed(entered[-1], residuals)
+
+
+def new_group() -> Any:
+    """What tells the unpack hooks of checkpointing which calls belong to one pass."""
+    return checkpoint.GraphExecGroup()
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Keep hooks from PyTorch's own formulas, which save wrappers made for one op."""
+    if not active:
+        yield
+        return
+    _C._autograd._push_saved_tensors_default_hooks(_again, _again)
+    try:
+        yield
+    finally:
+        _C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _again(tensor: Any) -> Any:
+    """The same value in another leaf: a tensor that its own node saved would never be freed."""
+    return tensor.home.wrap(tensor.value) if isinstance(tensor, LeafTensor) else tensor
+
+
+def _install() -> None:
+    enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+
+    @functools.wraps(enter)
+    def __enter__(self: Any) -> None:
+        global active
+        enter(self)
+        _thread.entered.append(_Hooks(self))
+        active += 1
+
+    @functools.wraps(leave)
+    def __exit__(self: Any, *args: object) -> None:
+        global active
+        active -= 1
+        _thread.entered.pop()
+        leave(self, *args)
+
+    saved_tensors_hooks.__enter__ = __enter__  # type: ignore[method-assign]
+    saved_tensors_hooks.__exit__ = __exit__  # type: ignore[method-assign]
+
+
+_install()
