@@ -81,7 +81,7 @@ def refresh(interpreter: Interpreter, view: LevelTensor) -> None:
         if parent.reshaped > recipe.version:
             raise interpreter.error(
                 MutationError,
-                f"a view made by {recipe.op} is used after the shape of its base was changed in place",
+                f"a view made by {recipe.op} is used after its base changed shape in place",
                 "to fix: change the shape out of place, or make the view afterwards",
             )
         with run_at(interpreter):
@@ -150,7 +150,9 @@ _RESHAPING = frozenset(
 _NO_PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
 
 
-def _reshape(interpreter: Interpreter, known: OpFacts, counterpart: Any, args: Any, kwargs: Any) -> Any:
+def _reshape(
+    interpreter: Interpreter, known: OpFacts, counterpart: Any, args: Any, kwargs: Any
+) -> Any:
     """`x.t_()` and the like: `x` becomes a view of what it was, which lives on without a name."""
     target = args[0]
     if target.is_input:
@@ -271,7 +273,7 @@ def scatter(recipe: ViewRecipe, new: Any) -> Any:
 
 
 def _scatter_by_index(recipe: ViewRecipe, new: Any) -> Any:
-    """Any view that only moves elements: replay it on the elements' numbers to see which it shows."""
+    """Any view that only moves elements: replay it on their numbers to see which it shows."""
     parent = recipe.parent
     if new.dtype != parent.dtype:
         raise MutationError(

@@ -1,9 +1,10 @@
 """The debug kit: see the stack, the ops at every level, and which rule serves an op.
 
-    print_stack()              # the active transforms, outermost first
-    with trace_log():          # one line per op and level
-        vmap(grad(f))(x)
-    explain("aten.mul")        # what each transform does with the overloads of an op
+| call | shows |
+|---|---|
+| `print_stack()` | the active transforms, outermost first |
+| `with trace_log(): vmap(grad(f))(x)` | one line per op and level |
+| `explain("aten.mul")` | what each transform does with the overloads of an op |
 """
 
 from __future__ import annotations
@@ -92,9 +93,7 @@ def trace_log(file: TextIO | None = None) -> Iterator[list[str]]:
             given = [names.show(arg) for arg in args]
             given += [f"{key}={names.show(value)}" for key, value in kwargs.items()]
             out = original(self, op, args, kwargs)
-            line = (
-                f"L{self.level} {self.transform}  {names.define(out)} = {op}({', '.join(given)})"
-            )
+            line = f"L{self.level} {self.transform}  {names.define(out)} = {op}({', '.join(given)})"
             lines.append(line)
             sink.write(line + "\n")
             return out
@@ -137,7 +136,7 @@ def explain(op: Any) -> str:
         lines.append(str(overload))
         for cls in _all_interpreters():
             if cls.transform:
-                lines.append(f"  {cls.transform:<6} {cls.explain_op(overload)}")
+                lines += [f"  {cls.transform:<6} {cls.explain_op(overload)}"]
     return "\n".join(lines)
 
 

@@ -18,12 +18,22 @@ from typing import Any
 
 import torch
 
-from lamina_core import shortcuts as _shortcuts
+from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers their operators
 from lamina_core.interpreter import Interpreter, OuterState, thread_mode
 from lamina_core.schema import facts
 from lamina_core.wrapper import LevelTensor, highest_interpreter, strip_dead
 
-__all__ = ["call_one", "call_two", "lower", "map_tensors", "native", "needs_guard", "pass_down", "tensors_in", "watched"]
+__all__ = [
+    "call_one",
+    "call_two",
+    "lower",
+    "map_tensors",
+    "native",
+    "needs_guard",
+    "pass_down",
+    "tensors_in",
+    "watched",
+]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor

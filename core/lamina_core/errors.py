@@ -1,7 +1,7 @@
 """The error family: every class is also the builtin error that callers would expect to catch.
 
-A message says what happened, where (op, level, transform as the user wrote it), with which values and
-what to do instead, one per line. `message` joins the lines.
+A message says what happened, where (op, level, transform as the user wrote it), with which values
+and what to do instead, one per line. `message` joins the lines.
 """
 
 from __future__ import annotations

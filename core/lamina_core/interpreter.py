@@ -37,15 +37,15 @@ __all__ = [
 
 _C = torch._C
 
-# Autograd and ADInplaceOrView are switched off while a transform is active: composite ops then reach
-# Python whole, no C++ graph grows on wrappers, and a view op does not chain its output to its input.
+# Autograd and ADInplaceOrView are off while a transform is active: composite ops then reach Python
+# whole, no C++ graph grows on wrappers, and a view op does not chain its output to its input.
 _outside = _C._dispatch_tls_local_exclude_set()
 with _C._AutoDispatchBelowADInplaceOrView():
     BELOW_AUTOGRAD = _C._dispatch_tls_local_exclude_set() - _outside
 
 
-# torch calls a handler with these two keys switched off, and an op then ignores that a plain tensor is
-# a lazy conjugate: `x.conj() * 1j` would be `x * 1j`. Each door switches them on (0.3 us), torch off.
+# torch calls a handler with these two keys off, and an op then ignores that a plain tensor is a
+# lazy conjugate: `x.conj() * 1j` would be `x * 1j`. Each door switches them on (0.3 us).
 _see_lazy = _C._dispatch_tls_set_dispatch_key_excluded
 _CONJUGATE = _C.DispatchKey.Conjugate
 _NEGATIVE = _C.DispatchKey.Negative

@@ -1,7 +1,7 @@
 """What an op's schema says, worked out once per `OpOverload` and kept.
 
-`facts(op)` answers: which arguments hold tensors, is it a view, what does it write to, is it random,
-which op does the same out of place. Nothing on the hot path reads a schema again.
+`facts(op)` answers: which arguments hold tensors, is it a view, what does it write to, is it
+random, which op does the same out of place. Nothing on the hot path reads a schema again.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 `x * y` on a wrapper normally goes through PyTorch's argument parser and dispatcher before it comes
 back to Python as `aten.mul.Tensor`: 2.1 us. Where it is plain which interpreter that will be, and
 no other dispatch mode is active inside the transforms, the operator calls the interpreter itself,
-with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out: autocast works above
-the dispatch modes.
+with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out:
+autocast works above the dispatch modes.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def _binary(op: Any, usual: Any) -> Any:
         kind = type(other)
         if length < mode.depth:
             if interpreter.alive and (
-                other.interpreter is interpreter
-                if kind in _CLASSES
-                else kind in _PLAIN_OPERANDS
+                other.interpreter is interpreter if kind in _CLASSES else kind in _PLAIN_OPERANDS
             ):
                 return interpreter.process(op, (self, other), {})
         elif (

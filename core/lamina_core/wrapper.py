@@ -109,7 +109,7 @@ _CLASSES = LevelTensor.classes
 
 
 def box(cls: type[LevelTensor], value: Any, size: Any, stride: Any) -> Any:
-    """A wrapper with a logical size (and stride, unless contiguous) and the value's dtype and device.
+    """A wrapper of a logical size (and stride, unless contiguous) like the value otherwise.
 
     HOT: without dtype and device the wrapper costs 0.8 us, with them 1.3.
     """

@@ -10,7 +10,7 @@ import torch
 
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
-from lamina.autodiff.tape import backward, move_residuals
+from lamina.autodiff.tape import Node, backward, move_residuals
 from lamina_core import pytree
 from lamina_core.alias import refresh_all
 from lamina_core.errors import (
@@ -47,19 +47,18 @@ class _Pass:
         out_spec: The structure of the output.
         positions: The place of each output leaf on the tape, None for constants.
         aux: The aux output, one level down.
+        written: The arguments that were written to, each with the value it has now.
     """
 
-    __slots__ = (
-        "aux",
-        "in_nodes",
-        "interpreter",
-        "leaves",
-        "out_spec",
-        "positions",
-        "specs",
-        "values",
-        "written",
-    )
+    interpreter: ReverseInterpreter
+    leaves: list[Any]
+    specs: list[Any]
+    in_nodes: list[Node | None]
+    values: list[Any]
+    out_spec: Any
+    positions: list[tuple[Node, int] | None]
+    aux: Any
+    written: list[tuple[Any, Any]]
 
     def pull(self, cts: Sequence[Any], *, release: bool) -> list[Any]:
         """The cotangent of each chosen argument, in its structure.
@@ -382,13 +381,14 @@ def _scalar(run: _Pass) -> Any:
         raise NonScalarLossError(
             message(
                 f"grad needs a loss of shape [], got one of shape {list(loss.shape)}",
-                "to fix: reduce it, with .sum() or .mean() for instance; .squeeze() for one element",
+                "to fix: reduce it, with .sum() or .mean(), or .squeeze() if it has one element",
             )
         )
     kinds = [type(value).__name__ for value in run.values]
     raise NonScalarLossError(
         message(
-            f"grad needs a loss that is one tensor, got {len(kinds)} outputs: {', '.join(kinds[:4])}",
+            f"grad needs a loss that is one tensor, got {len(kinds)} outputs",
+            f"of types: {', '.join(kinds[:4])}",
             "to fix: return the loss alone, or (loss, aux) with has_aux=True",
         )
     )

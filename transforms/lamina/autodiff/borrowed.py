@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.leaf import Home, unbox
+from lamina.autodiff.saved import without_hooks
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.schema import OpFacts
@@ -76,7 +77,7 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
     home = Home(interpreter)
     boxed, inner, leaves = _wrap_operands(home, known, needs, args, kwargs)
     op = _TRAINED.get(known.op, known.op)
-    with home.open(), torch.enable_grad():
+    with home.open(), torch.enable_grad(), without_hooks():
         out = op(*boxed, **inner)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
     recorded = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
@@ -99,7 +100,7 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
     if not pairs:
         return [None] * len(leaves)
     try:
-        with home.open():
+        with home.open(), without_hooks():
             grads = torch.autograd.grad(
                 [out for out, _ in pairs],
                 wanted,
@@ -145,6 +146,7 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
     try:
         with (
             home.open(),
+            without_hooks(),
             torch.no_grad(),
             forward_ad.dual_level(),
             forward_ad._set_fwd_grad_enabled(True),

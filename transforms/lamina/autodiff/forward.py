@@ -19,12 +19,12 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
+from lamina.decompositions import decomposition_of
 from lamina_core.alias import mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter, mode_off, run_at
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
-from lamina.decompositions import decomposition_of
 
 __all__ = ["ForwardInterpreter", "state_of"]
 

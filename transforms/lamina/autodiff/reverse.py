@@ -1,4 +1,4 @@
-"""Reverse mode: the interpreter of `vjp` and `grad`, and how each kind of declaration is recorded."""
+"""Reverse mode: the interpreter of `vjp` and `grad`, and how declarations are recorded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lamina.autodiff.operands import (
 )
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
+from lamina.decompositions import decomposition_of
 from lamina_core.alias import mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
-from lamina.decompositions import decomposition_of
 
 __all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]
 
@@ -204,8 +204,6 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
 def positions_of(interpreter: Any, cut: Split) -> tuple[tuple[Node, int] | None, ...]:
     """The tape position of each operand; None for constants."""
     wrapper = TrackedTensor
-    transform = "vjp"
-    differentiates = True
     return tuple(
         [
             (o.node, o.index)
@@ -219,7 +217,7 @@ def positions_of(interpreter: Any, cut: Split) -> tuple[tuple[Node, int] | None,
 def apply_vjp(
     interpreter: Any, known: OpFacts, rule: Any, needs: tuple[bool, ...], args: Any, kwargs: Any
 ) -> Any:
-    """Run a rule on values: `(out, residuals, pullback)`; pullback None if nothing is differentiable."""
+    """Run a rule on values: `(out, residuals, pullback)`, the last None where out is constant."""
     if rule is None:
         return borrowed_vjp(interpreter, known, needs, args, kwargs)
     return rule(needs, *args, **kwargs)

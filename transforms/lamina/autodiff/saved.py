@@ -167,9 +167,7 @@ class _Layer:
 
     def around(self, value: Any) -> Any:
         """The wrapper, of a value."""
-        out = make_wrapper(
-            self.kind, self.size, self.stride, dtype=self.dtype, device=self.device
-        )
+        out = make_wrapper(self.kind, self.size, self.stride, dtype=self.dtype, device=self.device)
         out.__dict__.update(self.fields)
         out.value = value
         return out
@@ -202,8 +200,10 @@ def without_hooks() -> Iterator[None]:
 
 
 def _again(tensor: Any) -> Any:
-    """The same value in another leaf: a tensor that its own node saved would never be freed."""
-    return tensor.home.wrap(tensor.value) if isinstance(tensor, LeafTensor) else tensor
+    """The same value in another tensor: one that its own node saved would never be freed."""
+    if isinstance(tensor, LeafTensor):
+        return tensor.home.wrap(tensor.value)
+    return tensor.detach()
 
 
 def _install() -> None:

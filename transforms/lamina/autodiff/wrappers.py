@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from lamina.autodiff.tape import Node
 from lamina_core.wrapper import LevelTensor, box, make_wrapper
 

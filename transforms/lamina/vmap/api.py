@@ -155,7 +155,7 @@ def _flat_in_dims(in_dims: Any, args: Any, leaves: list[Any], spec: Any) -> list
             raise StructureError(
                 message(
                     f"in_dims is {in_dims!r}, of type {type(in_dims).__name__}",
-                    "to fix: pass an int, or a tuple or list with one entry per positional argument",
+                    "to fix: pass an int, or a tuple or list with an entry per positional argument",
                 )
             )
         wanted = pytree.broadcast_prefix(in_dims, spec, what="in_dims", of="args")

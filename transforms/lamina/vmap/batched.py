@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from lamina_core.errors import EscapedTensorError, message
 from lamina_core.wrapper import LevelTensor, box, make_wrapper
 
@@ -40,7 +41,7 @@ class BatchedTensor(LevelTensor):
             message(
                 f"a batched tensor of shape {list(self.shape)} is used after its vmap returned",
                 f"escaped from level {self.interpreter.level}: {self.interpreter}",
-                "to fix: return the tensor from the mapped function instead of storing it elsewhere",
+                "to fix: return the tensor from the mapped function instead of storing it",
             )
         )
 

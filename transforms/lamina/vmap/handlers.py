@@ -21,7 +21,16 @@ from lamina.vmap.table import RULES, Info
 from lamina.vmap.writes import in_place_handler
 from lamina_core.alias import record_views
 from lamina_core.config import config
-from lamina_core.dispatch import call_one, call_two, lower, map_tensors, needs_guard, pass_down, tensors_in, watched
+from lamina_core.dispatch import (
+    call_one,
+    call_two,
+    lower,
+    map_tensors,
+    needs_guard,
+    pass_down,
+    tensors_in,
+    watched,
+)
 from lamina_core.errors import (
     DataDependentError,
     FallbackWarning,
@@ -71,6 +80,7 @@ def _is_plain_pointwise(known: OpFacts) -> bool:
 
 
 def resolve(op: Any) -> Handler:
+    """The handler of an op: its rule, else its family, its decomposition, or the loop."""
     known = facts(op)
     rule = RULES.lookup(op)
     if rule is not None:
@@ -117,17 +127,22 @@ def _nary_handler(known: OpFacts) -> Handler:
     first_two = positions[:2] == (0, 1)
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
-        # HOT: two operands of one shape and dtype, one of them batched at least, or one and a number.
+        # HOT: two operands of one shape and dtype, one batched at least, or one and a number.
         if first_two and len(args) == 2 and not kwargs:
             x, y = args
             if type(x) is BatchedTensor and x.interpreter is interpreter:
                 bdim = x.bdim
                 if type(y) is BatchedTensor and y.interpreter is interpreter:
-                    if bdim is not None and x.logical == y.logical and y.strides is None:
-                        if bdim == y.bdim or (
-                            bdim == 0 and y.bdim is None and x.value.dtype is y.value.dtype
-                        ):
-                            return wrap_like(x, call_two(op, call, x.value, y.value))
+                    if (
+                        bdim is not None
+                        and x.logical == y.logical
+                        and y.strides is None
+                        and (
+                            bdim == y.bdim
+                            or (bdim == 0 and y.bdim is None and x.value.dtype is y.value.dtype)
+                        )
+                    ):
+                        return wrap_like(x, call_two(op, call, x.value, y.value))
                 elif type(y) is Tensor:
                     if (
                         bdim == 0
@@ -332,7 +347,7 @@ def _decompose_handler(decomposition: Any) -> Handler:
 
 def _random_handler(known: OpFacts) -> Handler:
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
-        values, dims, inner, kwarg_dims, _, _, grads = unwrap(interpreter, known, args, kwargs)
+        values, dims, inner, _, _, _, grads = unwrap(interpreter, known, args, kwargs)
         if grads and not interpreter.watch:
             interpreter.watch = True
             return watched(interpreter, handle, op, args, kwargs)

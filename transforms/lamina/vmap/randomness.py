@@ -70,7 +70,25 @@ def batch_random(
 # Ops that draw each element on its own, so a batch dim in front changes nothing but the shape.
 _BATCH_FREE = frozenset(
     f"aten::{name}"
-    for name in ["_standard_gamma", "bernoulli", "binomial", "cauchy", "exponential", "geometric", "log_normal", "native_dropout", "normal", "normal_functional", "poisson", "rand_like", "randint_like", "randn_like", "random", "rrelu_with_noise", "uniform"]
+    for name in (
+        "_standard_gamma",
+        "bernoulli",
+        "binomial",
+        "cauchy",
+        "exponential",
+        "geometric",
+        "log_normal",
+        "native_dropout",
+        "normal",
+        "normal_functional",
+        "poisson",
+        "rand_like",
+        "randint_like",
+        "randn_like",
+        "random",
+        "rrelu_with_noise",
+        "uniform",
+    )
 )
 
 

@@ -77,8 +77,7 @@ def _random_write(interpreter: Any, known: OpFacts, op: Any, args: Any, kwargs: 
     if not interpreter.is_own(target):
         if interpreter.randomness == "different":
             raise captured_error(interpreter, known.name, target)
-        from_outside = pass_down(interpreter, known.op, args, kwargs)
-        return from_outside
+        return pass_down(interpreter, known.op, args, kwargs)
     return mutate(interpreter, op, args, kwargs)
 
 
