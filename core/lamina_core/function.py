@@ -1,7 +1,7 @@
 """The door of `torch.autograd.Function`: a function that brings a backward of its own.
 
-`Function.apply` offers no hook to tensor subclasses, so `install` replaces it, once; without an
-active transform the new one leads straight to the original.
+`Function.apply` offers no hook to tensor subclasses, so `install` gives it one, once; without an
+active transform that leads straight to the original.
 
 # NOTE [Functions]
 A call is described by a `Custom` and goes down the levels like an op. Each interpreter hands it to
@@ -291,11 +291,17 @@ class _Settle:
 
 # -- the door --------------------------------------------------------------------------------------
 
-_original: Any = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+# `Function.apply` calls this class's `apply`, which it looks up on every call. So functions are
+# caught here even if their `apply` was stored somewhere before this module was imported.
+_Base: Any = torch.autograd.function._SingleLevelFunction
+
+
+def _original(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return super(_Base, cls).apply(*args, **kwargs)
 
 
 def install(make: Callable[[type, tuple[Any, ...], dict[str, Any]], tuple[Custom, Any]]) -> None:
-    """Replace `torch.autograd.Function.apply`.
+    """Catch what goes through `torch.autograd.Function.apply`.
 
     Args:
         make: Makes `(custom, args)` of a class and the arguments of its `apply`.
@@ -306,8 +312,7 @@ def install(make: Callable[[type, tuple[Any, ...], dict[str, Any]], tuple[Custom
             return _original(cls, *args, **kwargs)
         return _apply(*make(cls, args, kwargs))
 
-    apply.__doc__ = _original.__doc__
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    _Base.apply = classmethod(apply)
 
 
 def _apply(custom: Custom, args: tuple[Any, ...]) -> Any:

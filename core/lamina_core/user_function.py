@@ -19,7 +19,7 @@ __all__ = ["Context", "UserFunction"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
-_ONCE = once_differentiable(lambda ctx: None).__code__  # type: ignore[attr-defined]
+_ONCE: Any = once_differentiable(lambda ctx: None).__code__
 _FLAGS = frozenset(
     "dirty_tensors materialize_grads needs_input_grad non_differentiable saved_for_forward to_save "
     "_forward_cls _unpacked".split()
@@ -34,7 +34,7 @@ class Context(FunctionCtx):
         self.needs_input_grad = needs
         self.materialize_grads = True
         self.to_save: tuple[Any, ...] = ()
-        self.saved_for_forward: tuple[Any, ...] | None = None
+        self.saved_for_forward: Any = None
         self.dirty_tensors: tuple[Any, ...] = ()
         self.non_differentiable: tuple[Any, ...] = ()
         self._unpacked: tuple[Any, ...] = ()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -521,6 +524,29 @@ def test_outside_of_transforms_nothing_changes():
     out = Sin.apply(x)
     assert type(out.grad_fn).__name__ == "SinBackward"
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], 3 * x.cos())
+
+
+def test_an_apply_stored_before_the_import():
+    program = """
+import torch
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, ct):
+        return ct * 2
+
+stored = Doubled.apply
+
+from lamina import grad
+
+assert grad(lambda x: stored(x).sum())(torch.ones(2)).tolist() == [2, 2]
+"""
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": path})
 
 
 def test_only_constants():

@@ -64,12 +64,13 @@ class Needed:
             "y", or the default value of an argument in a tuple; None if it is more.
     """
 
-    __slots__ = ("function", "only", "places")
+    __slots__ = ("function", "getters", "only", "places")
 
     def __init__(self, function: Callable[..., Any], known: OpFacts) -> None:
         self.function = function
         names = list(inspect.signature(function).parameters)[1:]
         self.places = tuple(_place(name, known) for name in names)
+        self.getters = tuple(_getter(place, known) for place in self.places)
         self.only: Any = {
             (): "none",
             (("out",),): "out",
@@ -79,22 +80,25 @@ class Needed:
         if self.only is None and len(self.places) == 1 and self.places[0][0] == "arg":
             self.only = (default(known, self.places[0][1]),)
 
-    def collect(self, known: OpFacts, out: Any, operands: Any, args: Any, kwargs: Any) -> list[Any]:
+    def collect(self, out: Any, operands: Any, args: Any, kwargs: Any) -> list[Any]:
         """What the function needs, taken from the values of one call."""
-        found: list[Any] = []
-        for place in self.places:
-            match place:
-                case ("out",):
-                    found.append(out)
-                case ("operand", i):
-                    found.append(operands[i])
-                case ("shape", i):
-                    found.append(operands[i].shape)
-                case ("dtype", i):
-                    found.append(operands[i].dtype)
-                case (_, name):
-                    found.append(argument(known, name, args, kwargs))
-        return found
+        return [getter(out, operands, args, kwargs) for getter in self.getters]
+
+
+def _getter(place: tuple[Any, ...], known: OpFacts) -> Callable[..., Any]:
+    """How one thing is found in a call `(out, operands, args, kwargs)`."""
+    match place:
+        case ("out",):
+            return lambda out, operands, args, kwargs: out
+        case ("operand", i):
+            return lambda out, operands, args, kwargs: operands[i]
+        case ("shape", i):
+            return lambda out, operands, args, kwargs: operands[i].shape
+        case ("dtype", i):
+            return lambda out, operands, args, kwargs: operands[i].dtype
+        case (_, name):
+            return lambda out, operands, args, kwargs: argument(known, name, args, kwargs)
+    raise AssertionError(place)
 
 
 def _place(name: str, known: OpFacts) -> tuple[Any, ...]:

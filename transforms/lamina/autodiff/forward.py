@@ -205,7 +205,7 @@ def _pointwise_rule(declared: Pointwise) -> Any:
             product = products[i] if i < len(products) else None
             if tangent is None or product is None:
                 continue
-            term = product.function(tangent, *product.collect(known, out, operands, args, kwargs))
+            term = product.function(tangent, *product.collect(out, operands, args, kwargs))
             total = term if total is None else total + term
         return out, None if total is None else _as_output(total, out)
 

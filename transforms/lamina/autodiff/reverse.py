@@ -26,7 +26,7 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompositions import decomposition_of
-from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.alias import ViewRecipe, mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
@@ -145,6 +145,8 @@ def _resolve(op: Any) -> Any:
         return _pointwise_handler(known, rule.function)
     if isinstance(rule.function, Constant):
         return _constant_handler(known)
+    if isinstance(rule.function, Linear):
+        return _linear_handler(known, rule.function)
     return _rule_handler(known, rule_function(op))
 
 
@@ -313,7 +315,7 @@ def _pointwise_rule(declared: Pointwise) -> Any:
                 plan.append(None)
                 continue
             places = []
-            for item in product.collect(known, out, operands, args, kwargs):
+            for item in product.collect(out, operands, args, kwargs):
                 at = next((j for j, s in enumerate(saved) if s is item), len(saved))
                 if at == len(saved):
                     saved.append(item)
@@ -448,10 +450,43 @@ def _linear_rule(declared: Linear) -> Any:
         x = args[0]
         if not needs[0]:
             return out, (), None
-        saved = transpose.collect(known, out, [x], args, kwargs)
+        saved = transpose.collect(out, [x], args, kwargs)
         return out, (transpose.function, count, x.dtype, *saved), _linear_pullback
 
     return rule
+
+
+def _linear_handler(known: OpFacts, declared: Linear) -> Any:
+    general = _rule_handler(known, _linear_rule(declared))
+    if len(known.tensor_args) != 1 or known.list_args or known.tensor_kwargs:
+        return general
+    call, name, is_view = known.call, known.name, known.is_view
+    function, getters = declared.transpose.function, declared.transpose.getters
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: one operand that is on the tape.
+        x = args[0]
+        if (
+            type(x) is not TrackedTensor
+            or x.interpreter is not interpreter
+            or x.node is None
+            or not (interpreter.grad_enabled and _is_grad_enabled())
+        ):
+            return general(interpreter, op, args, kwargs)
+        value = x.value
+        out = call(value, *args[1:], **kwargs)
+        if out is value:
+            return x
+        operands = (value,)
+        saved = [getter(out, operands, args, kwargs) for getter in getters]
+        residuals = (function, 1, value.dtype, *saved)
+        node = Node(name, _linear_pullback, residuals, _ONE, ((x.node, x.index),))
+        wrapped = track(interpreter, out, node)
+        if is_view:
+            wrapped.recipe = ViewRecipe(x, op, args[1:], kwargs, None)
+        return wrapped
+
+    return handle
 
 
 def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
@@ -472,7 +507,7 @@ def _multilinear_rule(declared: Multilinear) -> Any:
             if not needs[i]:
                 plan.append(None)
                 continue
-            found = transpose.collect(known, out, operands, args, kwargs)
+            found = transpose.collect(out, operands, args, kwargs)
             plan.append((transpose.function, len(saved), len(found), operands[i].dtype))
             saved.extend(found)
         return out, (plan, *saved), _multilinear_pullback

@@ -49,11 +49,12 @@ _thread = _Thread()
 class _Hooks:
     """A pair of hooks, and the levels that were active when it was entered."""
 
-    __slots__ = ("outer", "pair", "recomputes", "top")
+    __slots__ = ("outer", "pack_hook", "recomputes", "top", "unpack_hook")
 
     def __init__(self, pair: Any) -> None:
         mode = thread_mode()
-        self.pair = pair
+        self.pack_hook = pair.pack_hook
+        self.unpack_hook = pair.unpack_hook
         self.top: Interpreter | None = mode.top
         self.outer: OuterState | None = mode.outer
         self.recomputes = isinstance(pair, _RECOMPUTING)
@@ -65,13 +66,13 @@ class _Hooks:
     def pack(self, plain: Any) -> Any:
         """Call the pack hook, at level 0."""
         with run_at(None), torch.no_grad():
-            return self.pair.pack_hook(plain)
+            return self.pack_hook(plain)
 
     def unpack(self, packed: Any) -> Any:
         """Call the unpack hook, at the level where it may run the function again."""
         top = self.top if self.recomputes else None
         with _alive(top, self.outer), run_at(top):
-            return self.pair.unpack_hook(packed)
+            return self.unpack_hook(packed)
 
 
 @contextmanager
@@ -109,7 +110,7 @@ class Packed:
         return 0
 
     def _packed(self, residual: Any) -> Any:
-        if isinstance(residual, (tuple, list)):
+        if type(residual) is tuple or type(residual) is list:
             return type(residual)([self._packed(item) for item in residual])
         if not isinstance(residual, Tensor) or isinstance(residual, LeafTensor):
             return residual
@@ -132,7 +133,7 @@ class Packed:
             _C._set_graph_exec_group(before)
 
     def _unpacked(self, item: Any) -> Any:
-        if isinstance(item, (tuple, list)):
+        if type(item) is tuple or type(item) is list:
             return type(item)([self._unpacked(one) for one in item])
         if type(item) is not _Item:
             return item
@@ -208,18 +209,25 @@ def _again(tensor: Any) -> Any:
 
 def _install() -> None:
     enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+    counting = threading.Lock()
 
     @functools.wraps(enter)
     def __enter__(self: Any) -> None:
         global active
+        hooks = _Hooks(self)
+        if hooks.recomputes and hooks.top is not None:
+            # The user's own autograd may be the first to ask for a tensor.
+            self.unpack_hook = hooks.unpack
         enter(self)
-        _thread.entered.append(_Hooks(self))
-        active += 1
+        _thread.entered.append(hooks)
+        with counting:
+            active += 1
 
     @functools.wraps(leave)
     def __exit__(self: Any, *args: object) -> None:
         global active
-        active -= 1
+        with counting:
+            active -= 1
         _thread.entered.pop()
         leave(self, *args)
 

@@ -220,37 +220,64 @@ def _promote(args: Any, operands: Any) -> dict[int, Any]:
     return dict.fromkeys(scalars, dtype)
 
 
+# HOT: a flat loop; with a helper function per operand it costs twice as much.
 def unwrap(interpreter: Any, known: OpFacts, args: Any, kwargs: Any) -> Any:
     """Values and in_dims of the arguments; `batched` says whether any is, `own` likewise."""
     values, dims = list(args), [None] * len(args)
     batched = own = grads = False
-
-    def one(arg: Any) -> tuple[Any, int | None]:
-        nonlocal batched, own, grads
-        if type(arg) is BatchedTensor and arg.interpreter is interpreter:
+    count = len(values)
+    for position in known.tensor_args:
+        if position >= count:
+            break
+        arg = values[position]
+        kind = type(arg)
+        if kind is BatchedTensor and arg.interpreter is interpreter:
             own = True
+            values[position] = arg.value
             if arg.bdim is not None:
                 batched = True
-            return arg.value, arg.bdim
-        if isinstance(arg, Tensor) and type(arg) not in _CLASSES and needs_guard(arg):
+                dims[position] = arg.bdim
+        elif kind not in _CLASSES and isinstance(arg, Tensor) and needs_guard(arg):
             grads = True
-        return arg, None
+    kwarg_dims: dict[str, int | None] = {}
+    if known.list_args or known.tensor_kwargs:
+        more: list[Any] = []
+        kwargs = _unwrap_rest(interpreter, known, values, dims, kwargs, kwarg_dims, more)
+        own = own or any(interpreter.is_own(arg) for arg in more)
+        batched = batched or any(interpreter.is_own(arg) and arg.bdim is not None for arg in more)
+        grads = grads or any(
+            isinstance(arg, Tensor) and type(arg) not in _CLASSES and needs_guard(arg)
+            for arg in more
+        )
+    return values, tuple(dims), kwargs, kwarg_dims, batched, own, grads
 
-    for position in known.tensor_args:
-        if position < len(args):
-            values[position], dims[position] = one(args[position])
+
+def _unwrap_rest(
+    interpreter: Any,
+    known: OpFacts,
+    values: list[Any],
+    dims: list[Any],
+    kwargs: dict[str, Any],
+    kwarg_dims: dict[str, int | None],
+    more: list[Any],
+) -> dict[str, Any]:
+    """Values and dims in lists and keyword-only arguments; `more` collects what was found."""
+
+    def one(arg: Any) -> tuple[Any, int | None]:
+        more.append(arg)
+        return (arg.value, arg.bdim) if interpreter.is_own(arg) else (arg, None)
+
     for position in known.list_args:
-        if position < len(args) and args[position] is not None:
-            pairs = [one(item) for item in args[position]]
+        if position < len(values) and values[position] is not None:
+            pairs = [one(item) for item in values[position]]
             values[position] = [value for value, _ in pairs]
-            dims[position] = [bdim for _, bdim in pairs]  # type: ignore[call-overload]
-    kwarg_dims = {}
+            dims[position] = [bdim for _, bdim in pairs]
     if known.tensor_kwargs:
         kwargs = dict(kwargs)
         for name in known.tensor_kwargs:
-            if kwargs.get(name) is not None and isinstance(kwargs[name], Tensor):
+            if isinstance(kwargs.get(name), Tensor):
                 kwargs[name], kwarg_dims[name] = one(kwargs[name])
-    return values, tuple(dims), kwargs, kwarg_dims, batched, own, grads
+    return kwargs
 
 
 def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
