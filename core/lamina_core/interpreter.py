@@ -157,14 +157,16 @@ class Interpreter:
     # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
     keeps_values: ClassVar[bool] = False
 
+    # Class-level defaults: a call pushes a level, and most levels never change these.
+    level: int = 0
+    below: Interpreter | None = None
+    alive: bool = True
+    grad_enabled: bool = True
+    mutated: bool = False
+    watch: bool = False  # a plain tensor that requires grad has been met at this level
+    keeps_below: bool = False  # a level below keeps old values
+
     def __init__(self) -> None:
-        self.level = 0
-        self.below: Interpreter | None = None
-        self.alive = True
-        self.grad_enabled = True
-        self.mutated = False
-        self.watch = False  # a plain tensor that requires grad has been met at this level
-        self.keeps_below = False  # a level below keeps old values
         self.written: list[LevelTensor] = []  # arguments that have been rebound by a write
         self._undo: list[Any] = []
 
@@ -173,30 +175,32 @@ class Interpreter:
     def __enter__(self) -> Any:
         """Push: become the top of the calling thread's stack."""
         mode = _thread.mode
-        below = mode.top
-        undo = self._undo
-        self.below = below
-        if below is None:
-            self.level = 1
-            mode.outer = OuterState()
-            guard = _C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD)
-            guard.__enter__()
-            undo.append(guard)
-            mode.__enter__()
-            mode.depth = _C._len_torch_dispatch_stack()
-            undo.append(mode)
-        else:
-            self.level = below.level + 1
-            if not mode.is_on():
-                # User code called from inside a rule: torch has switched the mode off there.
-                entered = _ModeOn(mode)
-                entered.__enter__()
-                undo.append(entered)
-            self.keeps_below = below.keeps_values or below.keeps_below
-        if not torch.is_grad_enabled():
-            self._disable_below(mode)
-        mode.top = self
+        below = self.below = mode.top
+        try:
+            if below is None:
+                self.level = 1
+                mode.outer = OuterState()
+                self._enter(_C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD))
+                # Not through `with mode`: it counts in globals that threads would race for.
+                self._enter(_ModeOn(mode))
+                mode.depth = _C._len_torch_dispatch_stack()
+            else:
+                self.level = below.level + 1
+                if not mode.is_on():
+                    # User code called from inside a rule: torch has switched the mode off there.
+                    self._enter(_ModeOn(mode))
+                self.keeps_below = below.keeps_values or below.keeps_below
+            if not torch.is_grad_enabled():
+                self._disable_below(mode)
+            mode.top = self
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _enter(self, guard: Any) -> None:
+        guard.__enter__()
+        self._undo.append(guard)
 
     def __exit__(self, *exc: object) -> None:
         """Pop, whatever happened; the wrappers of this level are dead from now on."""
