@@ -218,6 +218,13 @@ NOT_UNDER: dict[str, dict[str, str]] = {
         "nn.functional.multi_head_attention_forward": "all differentiable samples draw",
     },
 }
+# Operators that write to running statistics, in some samples with the values that these had.
+STATISTICS = frozenset(
+    """
+    _batch_norm_with_update _native_batch_norm_legit native_batch_norm nn.functional.batch_norm
+    nn.functional.instance_norm
+    """.split()
+)
 # Operators too badly conditioned at their samples, or with too lossy a formula in PyTorch, for two
 # ways to the same tangent to agree in all digits.
 LOOSE = frozenset(["cholesky_inverse", "logcumsumexp"])
@@ -348,8 +355,7 @@ def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
             return None
         raise
     moved = not torch.equal(before, torch.get_rng_state())
-    # Versions do not tell of every write: batch norm's statistics keep theirs.
-    copies = copies or not all(map(_identical, tried, generations[0]))
+    copies = copies or name in STATISTICS or not all(map(_identical, tried, generations[0]))
     text = f"{name}({', '.join(_brief(leaf) for leaf in leaves)})"
     return Case(text, function, generations, differentiable, moved, name in LOOSE)
 

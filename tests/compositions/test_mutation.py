@@ -36,6 +36,9 @@ TRANSFORMS = {
 
 PAIRS = []
 
+# What the functions capture.
+ROW = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
 
 def pair(plain):
     """Registers a function that writes in place beside its out-of-place twin."""
@@ -348,6 +351,30 @@ def shape_changed_in_place(x):
     y.t_()
     y.squeeze_(1)
     return y.mul_(2)
+
+
+@pair(lambda x: ROW.sin() + x + ROW * x)
+def clones_of_captured_tensors(x):
+    y = ROW.sin()
+    y.add_(x)
+    z = ROW.clone()
+    z *= x
+    return y + z
+
+
+@pair(lambda x: batch_normed(x)[0] * batch_normed(x)[1].sum())
+def statistics_of_batch_norm_made_inside(x):
+    mean, var = ROW[:2].clone(), ROW[2:].square()
+    out = torch.nn.functional.batch_norm(x.reshape(2, 2), mean, var, training=True)
+    return out.reshape(-1) * mean.detach().sum()
+
+
+def batch_normed(x):
+    """The output of batch norm in train mode and the running mean, which no derivative goes to."""
+    x = x.reshape(2, 2)
+    mean = x.mean(0)
+    out = (x - mean) / torch.sqrt((x - mean).square().mean(0) + 1e-5)
+    return out.reshape(-1), (0.9 * ROW[:2] + 0.1 * mean).detach()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -21,6 +21,8 @@ _OPEN_INCLUDE = _C._dispatch_tls_local_include_set()
 class LeafTensor(torch.Tensor):
     """A value that C++ autograd takes for a tensor of its own."""
 
+    __slots__ = ("home", "value")
+
     value: Any
     home: Home
 

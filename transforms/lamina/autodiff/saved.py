@@ -164,13 +164,20 @@ class _Layer:
         self.stride = wrapper.stride()
         self.dtype = wrapper.dtype
         self.device = wrapper.device
-        self.fields = {k: v for k, v in wrapper.__dict__.items() if k not in ("value", "recipe")}
+        self.fields = {
+            name: getattr(wrapper, name)
+            for cls in (LevelTensor, self.kind)
+            for name in cls.__slots__
+            if name not in ("value", "recipe")
+        }
+        self.fields |= wrapper.__dict__
 
     def around(self, value: Any) -> Any:
         """The wrapper, of a value."""
         out = make_wrapper(self.kind, self.size, self.stride, dtype=self.dtype, device=self.device)
-        out.__dict__.update(self.fields)
-        out.value = value
+        for name, field in self.fields.items():
+            setattr(out, name, field)
+        out.value, out.recipe = value, None
         return out
 
 

@@ -24,6 +24,8 @@ class TrackedTensor(LevelTensor):
         strides: The strides, or None if the tensor is contiguous.
     """
 
+    __slots__ = ("index", "logical", "node", "strides")
+
     node: Node | None
     index: int
     logical: Any
@@ -37,6 +39,8 @@ class TrackedTensor(LevelTensor):
 
 class DualTensor(LevelTensor):
     """A primal (`value`) and a tangent of the same shape; None is the zero tangent."""
+
+    __slots__ = ("logical", "strides", "tangent")
 
     tangent: Any
     logical: Any
@@ -55,6 +59,7 @@ def track(interpreter: Any, value: Any, node: Node | None, index: int = 0) -> Tr
     out = box(TrackedTensor, value, size, stride)
     out.interpreter = interpreter
     out.value = value
+    out.recipe = None
     out.node = node
     out.index = index
     out.logical = size
@@ -78,6 +83,7 @@ def track_like(x: TrackedTensor, value: Any, node: Node) -> TrackedTensor:
         out = make_wrapper(TrackedTensor, size, dtype=dtype, device=value.device)
     out.interpreter = x.interpreter
     out.value = value
+    out.recipe = None
     out.node = node
     out.index = 0
     out.logical = size
@@ -92,6 +98,7 @@ def dual(interpreter: Any, value: Any, tangent: Any) -> DualTensor:
     out = box(DualTensor, value, size, stride)
     out.interpreter = interpreter
     out.value = value
+    out.recipe = None
     out.tangent = tangent
     out.logical = size
     out.strides = stride
@@ -110,6 +117,7 @@ def dual_like(x: DualTensor, value: Any, tangent: Any) -> DualTensor:
         out = make_wrapper(DualTensor, size, dtype=dtype, device=value.device)
     out.interpreter = x.interpreter
     out.value = value
+    out.recipe = None
     out.tangent = tangent
     out.logical = size
     out.strides = None

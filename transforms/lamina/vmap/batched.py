@@ -24,6 +24,8 @@ class BatchedTensor(LevelTensor):
         strides: The logical strides, or None if the tensor is contiguous.
     """
 
+    __slots__ = ("bdim", "logical", "strides")
+
     bdim: int | None
     logical: Any
     strides: Any
@@ -59,6 +61,7 @@ def wrap(interpreter: Any, value: Any, bdim: int | None) -> BatchedTensor:
     out = box(BatchedTensor, value, size, stride)
     out.interpreter = interpreter
     out.value = value
+    out.recipe = None
     out.bdim = bdim
     out.logical = size
     out.strides = stride
@@ -81,6 +84,7 @@ def wrap_like(x: Any, value: Any) -> Any:
         out = make_wrapper(BatchedTensor, size, dtype=dtype, device=value.device)
     out.interpreter = x.interpreter
     out.value = value
+    out.recipe = None
     out.bdim = x.bdim
     out.logical = size
     out.strides = None
