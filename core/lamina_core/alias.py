@@ -230,9 +230,9 @@ def captured_error(interpreter: Interpreter, name: str, target: Any) -> Exceptio
     return interpreter.error(
         MutationError,
         f"{name} writes a value of this transform to a tensor captured from outside it",
-        f"captured: {type(target).__name__} of shape {list(target.shape)}",
-        "to fix: pass the tensor as an argument of the transformed function, make it inside, or "
-        "use the out-of-place form of the op",
+        f"captured, or passed without being mapped: a tensor of shape {list(target.shape)}",
+        "to fix: pass it as an argument of the transformed function (mapped, under vmap), make it "
+        "inside, or use the out-of-place form of the op",
     )
 
 

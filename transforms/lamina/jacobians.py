@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.api import choose, is_differentiable, jvp, vjp
-from lamina.vmap.api import vmap
+from lamina.autodiff.api import jvp, vjp
+from lamina.autodiff.checks import (
+    choose,
+    describe,
+    is_differentiable,
+    named_leaves,
+    need_differentiable,
+)
+from lamina.vmap.api import check_options, vmap
 from lamina_core import pytree
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.interpreter import run_at
@@ -52,12 +59,14 @@ def jacrev(
                 [0., 4.]])
     """
 
+    check_options("jacrev", randomness, chunk_size)
+
     @functools.wraps(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         primals, call, single = _pick(func, args, argnums, kwargs, "jacrev")
         out, vjp_fn, *rest = vjp(call, *primals, has_aux=has_aux)
         outs, out_spec = pytree.flatten(out)
-        _check_outputs(outs, "jacrev")
+        _check_outputs(out, outs, "jacrev")
         ins, in_spec = pytree.flatten(primals)
         sizes = [o.numel() for o in outs]
 
@@ -95,6 +104,8 @@ def jacfwd(
                 [2., 5.]])
     """
 
+    check_options("jacfwd", randomness, chunk_size)
+
     @functools.wraps(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         primals, call, single = _pick(func, args, argnums, kwargs, "jacfwd")
@@ -112,7 +123,7 @@ def jacfwd(
                 call, primals, pytree.unflatten(in_spec, tangents), has_aux=has_aux
             )
             outs, found["spec"] = pytree.flatten(out)
-            _check_outputs(outs, "jacfwd")
+            _check_outputs(out, outs, "jacfwd")
             return tuple(pytree.leaves(out_t)), tuple(outs), rest
 
         rows = _basis(wanted, sizes)
@@ -147,6 +158,7 @@ def hessian(
         tensor([[0., 4.],
                 [4., 2.]])
     """
+    check_options("hessian", randomness, chunk_size)
     inner = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size, randomness=randomness)
     return jacfwd(inner, argnums, has_aux, chunk_size=chunk_size, randomness=randomness)
 
@@ -156,6 +168,8 @@ def _pick(
 ) -> tuple[tuple[Any, ...], Callable[..., Any], bool]:
     """The arguments chosen, the function of these alone, and whether there is a single one."""
     positions = choose(args, argnums, name)
+    chosen_leaves = pytree.leaves([args[at] for at in positions])
+    need_differentiable(chosen_leaves, args, positions, name)
 
     def call(*chosen: Any) -> Any:
         full = list(args)
@@ -166,16 +180,21 @@ def _pick(
     return tuple(args[at] for at in positions), call, isinstance(argnums, int)
 
 
-def _check_outputs(outs: list[Any], name: str) -> None:
-    for out in outs:
-        if not is_differentiable(out) or out.is_complex():
-            got = f"a {out.dtype} tensor" if isinstance(out, Tensor) else type(out).__name__
-            raise NotDifferentiableError(
-                message(
-                    f"{name} needs a function that returns real floating-point tensors, got {got}",
-                    "to fix: return other values as aux, with has_aux=True",
-                )
-            )
+def _check_outputs(out: Any, outs: list[Any], name: str) -> None:
+    if all(isinstance(o, Tensor) and o.is_floating_point() for o in outs):
+        return
+    path, bad = next(
+        (path, leaf)
+        for path, leaf in named_leaves("output", out)
+        if not is_differentiable(leaf) or leaf.is_complex()
+    )
+    raise NotDifferentiableError(
+        message(
+            f"{name} needs a function that returns real floating-point tensors",
+            f"{path}: {describe(bad)}",
+            "to fix: return other values as aux, with has_aux=True",
+        )
+    )
 
 
 def _basis(leaves: list[Any], sizes: list[int]) -> Callable[[int, int], tuple[Any, ...]]:

@@ -8,28 +8,26 @@ from typing import Any
 
 import torch
 
+from lamina.autodiff.checks import (
+    choose,
+    is_differentiable,
+    match,
+    named_leaves,
+    need_differentiable,
+    scalar_loss,
+    split_aux,
+)
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node, backward, move_residuals
 from lamina_core import pytree
 from lamina_core.alias import refresh_all
-from lamina_core.errors import (
-    NonScalarLossError,
-    NotDifferentiableError,
-    StructureError,
-    TangentError,
-    message,
-)
+from lamina_core.errors import StructureError, TangentError, message
 from lamina_core.interpreter import mode_off
 
 __all__ = ["grad", "grad_and_value", "jvp", "value_and_grad", "vjp"]
 
 Tensor = torch.Tensor
-
-
-def is_differentiable(leaf: Any) -> bool:
-    """Whether a leaf can carry a derivative: a floating-point or complex tensor."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 # -- reverse mode ----------------------------------------------------------------------------------
@@ -116,7 +114,7 @@ def _run(
     flat = [pytree.flatten(arg) for arg in args]
     run.leaves = [leaf for at in chosen for leaf in flat[at][0]]
     run.specs = [flat[at][1] for at in chosen]
-    _need_one(run.leaves, name)
+    need_differentiable(run.leaves, args, chosen, name)
     run.interpreter = interpreter = ReverseInterpreter(name)
     wrappers: list[tuple[Any, Any]] = []
 
@@ -152,7 +150,7 @@ def _run(
         new_args = new = wrapped = None  # type: ignore[assignment]
         run.aux = None
         if has_aux:
-            out, run.aux = _split_aux(out, interpreter)
+            out, run.aux = split_aux(out, interpreter)
             run.aux = pytree.tree_map(functools.partial(_lowered, interpreter), run.aux)
         outs, run.out_spec = pytree.flatten(out)
         if interpreter.mutated:
@@ -179,17 +177,6 @@ def _lowered(interpreter: Any, value: Any) -> Any:
     if interpreter.mutated:
         refresh_all(interpreter, (value,), {})
     return value.value
-
-
-def _split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
-    if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise interpreter.error(
-            StructureError,
-            "has_aux=True, but the function did not return a pair",
-            f"it returned {type(out).__name__}",
-            "to fix: return (output, aux)",
-        )
-    return out[0], out[1]
 
 
 def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs: Any) -> Any:
@@ -224,7 +211,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
 
     def vjp_fn(cotangents: Any) -> Any:
         """Pull cotangents of the output back to the primals."""
-        cts = _match(cotangents, run.values, run.out_spec, "cotangent", "output")
+        cts = match(cotangents, run.values, run.out_spec, "cotangents", "output")
         return tuple(run.pull(cts, release=False))
 
     return (out, vjp_fn, run.aux) if has_aux else (out, vjp_fn)
@@ -281,7 +268,7 @@ def grad_and_value(
     @functools.wraps(func)
     def both(*args: Any, **kwargs: Any) -> Any:
         run = _run("grad", func, args, choose(args, argnums, "grad"), kwargs, has_aux)
-        loss = _scalar(run)
+        loss = scalar_loss(run.interpreter, run.values, run.out_spec)
         grads = run.pull([torch.ones_like(loss)], release=True)
         run.write_back(keep=False)
         found = grads[0] if isinstance(argnums, int) else tuple(grads)
@@ -309,123 +296,6 @@ def value_and_grad(
         return value, found
 
     return swapped
-
-
-def choose(args: tuple[Any, ...], argnums: Any, name: str) -> list[int]:
-    """The positions that `argnums` names, counted from the front.
-
-    Raises:
-        StructureError: If `argnums` is not an int or a sequence of distinct ints in range.
-    """
-    wanted = [argnums] if isinstance(argnums, int) else argnums
-    if isinstance(argnums, bool) or not isinstance(wanted, (tuple, list)) or not wanted:
-        raise StructureError(
-            message(
-                f"argnums of {name} is {argnums!r}",
-                "to fix: pass an int, or a tuple of ints",
-            )
-        )
-    positions = []
-    for at in wanted:
-        if not isinstance(at, int) or not -len(args) <= at < len(args):
-            raise StructureError(
-                message(
-                    f"argnums of {name} is {argnums!r}, but there are {len(args)} positional "
-                    "arguments",
-                    "arguments passed by keyword are not differentiated",
-                    "to fix: pass the argument positionally and name its position",
-                )
-            )
-        positions.append(at % len(args))
-    if len(set(positions)) != len(positions):
-        raise StructureError(
-            message(
-                f"argnums of {name} names an argument twice: {argnums!r}", "to fix: name it once"
-            )
-        )
-    return positions
-
-
-def _need_one(leaves: list[Any], name: str) -> None:
-    """Raise unless something can be differentiated."""
-    if any(is_differentiable(leaf) for leaf in leaves):
-        return
-    kinds = ", ".join(
-        f"{leaf.dtype} tensor of shape {list(leaf.shape)}"
-        if isinstance(leaf, Tensor)
-        else type(leaf).__name__
-        for leaf in leaves[:4]
-    )
-    raise NotDifferentiableError(
-        message(
-            f"{name} has nothing to differentiate: no floating-point or complex tensor",
-            f"the arguments to differentiate hold: {kinds or 'nothing'}",
-            "to fix: convert the argument with .float(), or choose another one with argnums",
-        )
-    )
-
-
-def _scalar(run: _Pass) -> Any:
-    """The loss, if it is one tensor of shape ()."""
-    if len(run.values) == 1 and isinstance(run.values[0], Tensor) and run.out_spec.is_leaf():
-        loss = run.values[0]
-        if loss.dim() == 0 and is_differentiable(loss) and not loss.is_complex():
-            return loss
-        if loss.dim() == 0:
-            raise NonScalarLossError(
-                message(
-                    f"grad needs a real floating-point loss, got one of dtype {loss.dtype}",
-                    "to fix: return a real tensor, such as the absolute value",
-                )
-            )
-        raise NonScalarLossError(
-            message(
-                f"grad needs a loss of shape [], got one of shape {list(loss.shape)}",
-                "to fix: reduce it, with .sum() or .mean(), or .squeeze() if it has one element",
-            )
-        )
-    kinds = [type(value).__name__ for value in run.values]
-    raise NonScalarLossError(
-        message(
-            f"grad needs a loss that is one tensor, got {len(kinds)} outputs",
-            f"of types: {', '.join(kinds[:4])}",
-            "to fix: return the loss alone, or (loss, aux) with has_aux=True",
-        )
-    )
-
-
-def _match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[Any]:
-    """Cotangents or tangents as one list, each checked against the value it belongs to."""
-    found, given_spec = pytree.flatten(given)
-    if given_spec != spec:
-        raise TangentError(
-            message(
-                f"the {what}s do not have the structure of the {of}",
-                f"{of}: {spec}",
-                f"{what}s: {given_spec}",
-                f"to fix: pass one {what} for each leaf, None for zero",
-            )
-        )
-    for i, (ct, value) in enumerate(zip(found, values, strict=True)):
-        if ct is None or not is_differentiable(value):
-            found[i] = None
-            continue
-        if not isinstance(ct, Tensor) or ct.shape != value.shape or ct.dtype != value.dtype:
-            paths, _, _ = pytree.flatten_with_paths(given)
-            got = (
-                f"{ct.dtype} of shape {list(ct.shape)}"
-                if isinstance(ct, Tensor)
-                else type(ct).__name__
-            )
-            raise TangentError(
-                message(
-                    f"the {what}{paths[i]} does not match its {of}",
-                    f"{of}{paths[i]}: {value.dtype} of shape {list(value.shape)}",
-                    f"{what}{paths[i]}: {got}",
-                    f"to fix: pass a {what} of the same shape and dtype",
-                )
-            )
-    return found
 
 
 # -- forward mode ----------------------------------------------------------------------------------
@@ -472,8 +342,8 @@ def jvp(
         )
     primals, tangents = tuple(primals), tuple(tangents)
     leaves, spec = pytree.flatten(primals)
-    _need_one(leaves, "jvp")
-    pushed = _match(tangents, leaves, spec, "tangent", "primal")
+    need_differentiable(leaves, primals, range(len(primals)), "jvp")
+    pushed = match(tangents, leaves, spec, "tangents", "primals")
     with ForwardInterpreter() as interpreter, torch.enable_grad():
         lifted = [
             interpreter.lift(leaf, t) if isinstance(leaf, Tensor) else leaf
@@ -491,7 +361,7 @@ def jvp(
         out = func(*pytree.unflatten(spec, lifted), **kwargs)
         aux = None
         if has_aux:
-            out, aux = _split_aux(out, interpreter)
+            out, aux = split_aux(out, interpreter)
             aux = pytree.tree_map(functools.partial(_lowered, interpreter), aux)
         outs, out_spec = pytree.flatten(out)
         if interpreter.mutated:
@@ -499,9 +369,11 @@ def jvp(
         values = [_lowered(interpreter, o) for o in outs]
         out_ts = [o.tangent if interpreter.is_own(o) else None for o in outs]
         if strict and any(t is None for t in out_ts):
+            named = zip(named_leaves("output", out), out_ts, strict=True)
+            apart = ", ".join(name for (name, _), t in named if t is None)
             raise interpreter.error(
                 TangentError,
-                "strict=True, and an output does not depend on the primals",
+                f"strict=True, but this does not depend on the primals: {apart}",
                 "to fix: pass strict=False to get a zero tangent",
             )
     for original, value in _written(interpreter, wrappers):

@@ -54,17 +54,7 @@ def vmap(
         >>> vmap(torch.dot)(x, y)
         tensor([ 3., 12.])
     """
-    if randomness not in ("error", "same", "different"):
-        raise StructureError(
-            message(
-                f"randomness is {randomness!r}",
-                "to fix: pass 'error', 'same' or 'different'",
-            )
-        )
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size <= 0):
-        raise StructureError(
-            message(f"chunk_size is {chunk_size!r}", "to fix: pass a positive int, or None")
-        )
+    check_options("vmap", randomness, chunk_size)
 
     @functools.wraps(func)
     def mapped(*args: Any, **kwargs: Any) -> Any:
@@ -78,6 +68,23 @@ def vmap(
         return vmap_flat(func, leaves, spec, dims, out_dims, randomness, size, kwargs)
 
     return mapped
+
+
+def check_options(name: str, randomness: Any, chunk_size: Any) -> None:
+    """Refuse a `randomness` or `chunk_size` that is none; `name` is the transform, for messages."""
+    if randomness not in ("error", "same", "different"):
+        raise StructureError(
+            message(
+                f"randomness of {name} is {randomness!r}",
+                "to fix: pass 'error', 'same' or 'different'",
+            )
+        )
+    if chunk_size is not None and (
+        not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size <= 0
+    ):
+        raise StructureError(
+            message(f"chunk_size of {name} is {chunk_size!r}", "to fix: pass a positive int or None")
+        )
 
 
 def vmap_flat(
@@ -106,7 +113,11 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
     if type(out_dims) is int:
         wanted: list[Any] = [out_dims] * len(outs)
     else:
-        wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="the output")
+        try:
+            wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
+        except StructureError as error:
+            what, *lines = str(error).split("\n  ")
+            raise interpreter.error(StructureError, what, *lines) from None
     interpreter.refresh(outs)
     results = []
     for i, (value, dim) in enumerate(zip(outs, wanted, strict=True)):
@@ -127,12 +138,11 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
             results.append(value)
             continue
         rank = value.dim() + (bdim is None)
-        if not isinstance(dim, int) or not -rank <= dim < rank:
+        if not isinstance(dim, int) or isinstance(dim, bool) or not -rank <= dim < rank:
             raise interpreter.error(
                 StructureError,
                 f"out_dims is {dim!r} for {_output_path(out, i)}",
-                f"with the batch dim it has {rank} dims, so an int in [{-rank}, {rank - 1}] or "
-                "None is wanted",
+                f"to fix: use an int in [{-rank}, {rank - 1}], which counts the batch dim, or None",
             )
         if bdim is None:
             value = value.expand(size, *value.shape)
@@ -185,7 +195,7 @@ def _bad_dim(args: Any, index: int, dim: Any) -> StructureError:
         )
     rank = leaf.dim()
     wanted = (
-        "a tensor of shape [] has no dim to map over; use None"
+        "use None: a tensor of shape [] has no dim to map over"
         if rank == 0
         else f"use an int in [{-rank}, {rank - 1}], or None"
     )
@@ -256,7 +266,7 @@ def _in_chunks(
         out = vmap_flat(func, part, spec, dims, out_dims, randomness, count, kwargs)
         flat, out_spec = pytree.flatten(out)
         outs.append(flat)
-    wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="the output")
+    wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
     results = [
         parts[0] if dim is None or not isinstance(parts[0], Tensor) else torch.cat(parts, dim)
         for parts, dim in zip(zip(*outs, strict=True), wanted, strict=True)
