@@ -231,8 +231,7 @@ def captured_error(interpreter: Interpreter, name: str, target: Any) -> Exceptio
         MutationError,
         f"{name} writes a value of this transform to a tensor captured from outside it",
         f"captured, or passed without being mapped: a tensor of shape {list(target.shape)}",
-        "to fix: pass it as an argument of the transformed function (mapped, under vmap), make it "
-        "inside, or use the out-of-place form of the op",
+        "to fix: pass it as an argument (a mapped one under vmap), make it inside, or do not write",
     )
 
 
@@ -267,7 +266,7 @@ def scatter(recipe: ViewRecipe, new: Any) -> Any:
     """The parent of a view, with the region that the view covers replaced by `new`."""
     parent, op = recipe.parent, recipe.op
     inverse = _INVERSES.get(op._schema.name)
-    if inverse is not None:
+    if inverse is not None and op is not aten.view.dtype:
         return inverse(parent, new, *recipe.args, **recipe.kwargs)
     return _scatter_by_index(recipe, new)
 
@@ -276,9 +275,10 @@ def _scatter_by_index(recipe: ViewRecipe, new: Any) -> Any:
     """Any view that only moves elements: replay it on their numbers to see which it shows."""
     parent = recipe.parent
     if new.dtype != parent.dtype:
-        raise MutationError(
-            f"cannot write through {recipe.op}, which views {parent.dtype} as {new.dtype}\n"
-            "  to fix: use the out-of-place form of the op"
+        raise parent.interpreter.error(
+            MutationError,
+            f"cannot write through {recipe.op}, which views {parent.dtype} as {new.dtype}",
+            "to fix: write to the tensor itself, with values of its own dtype",
         )
     numbers = torch.arange(parent.numel(), device=parent.device).reshape(parent.shape)
     seen = recipe.op(numbers, *recipe.args, **recipe.kwargs)

@@ -6,8 +6,8 @@
 |---|---|
 | 0 | nothing (default) |
 | 1 | every answer of a rule is checked: number of outputs, batch dims, shapes and dtypes |
-| 2 | as 1, and pushing and popping a level is printed |
-| 3 | as 2, and every op is printed as `trace_log` does |
+| 2 | as 1, and pushing and popping a level is printed on the standard error |
+| 3 | as 2, and so is every op, as `trace_log` prints it |
 """
 
 from __future__ import annotations

@@ -5,18 +5,20 @@
 | `print_stack()` | the active transforms, outermost first |
 | `with trace_log(): vmap(grad(f))(x)` | one line per op and level |
 | `explain("aten.mul")` | what each transform does with the overloads of an op |
+
+Importing this module also makes `config.debug` 2 and 3 print (see `lamina_core.config`).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 import torch
 
-from lamina_core.config import tensor_summary
+from lamina_core.config import config, tensor_summary
 from lamina_core.errors import RuleError, message
 from lamina_core.interpreter import Interpreter, current_stack
 
@@ -107,6 +109,21 @@ def trace_log(file: TextIO | None = None) -> Iterator[list[str]]:
     finally:
         for cls in classes:
             cls.process = originals[cls]  # type: ignore[method-assign]
+
+
+@contextmanager
+def _observed(interpreter: Interpreter) -> Iterator[None]:
+    """What `config.debug` 2 and 3 print on the standard error while a level is active."""
+    sys.stderr.write(f"push level {interpreter.level}: {interpreter}\n")
+    outermost = config.debug > 2 and interpreter.below is None
+    try:
+        with trace_log(sys.stderr) if outermost else nullcontext():
+            yield
+    finally:
+        sys.stderr.write(f"pop level {interpreter.level}: {interpreter}\n")
+
+
+Interpreter.observed = _observed
 
 
 def _all_interpreters() -> list[type[Interpreter]]:

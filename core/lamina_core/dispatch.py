@@ -3,7 +3,7 @@
 Two routes lead an op to an interpreter:
 
 1. From user code, `LevelMode.__torch_dispatch__` sends it to the top of the stack. An interpreter
-   that finds none of its own wrappers calls `pass_down`, and the top adopts fresh outputs.
+   that finds none of its own wrappers calls `pass_down`, and adopts fresh outputs.
 2. From inside a rule (torch has switched the mode off there), `LevelTensor.__torch_dispatch__`
    sends it to the interpreter of the highest level among its arguments.
 
@@ -134,22 +134,31 @@ def lower(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict
 def pass_down(
     interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Hand an op without own wrappers to the level below; the top of the stack adopts the outputs.
+    """Hand an op without own wrappers to the level below, and adopt the outputs if it is user code.
 
-    Adopting wraps a fresh output as a constant of the top level, so that values of that level can
-    later be written to it in place. Views and written arguments keep their identity.
+    Adopting wraps a fresh output as a constant of the level, so that values of that level can later
+    be written to it in place. Views and written arguments keep their identity.
     """
     below = interpreter.below
-    out = native(op, args, kwargs) if below is None else below.process(op, args, kwargs)
-    if thread_mode().top is interpreter:
-        known = facts(op)
-        if not (known.is_view or known.mutated):
-            taken = {id(tensor) for tensor in tensors_in(args, kwargs)}
-            return map_tensors(
-                lambda tensor: tensor if id(tensor) in taken else interpreter.constant(tensor),
-                out,
-            )
-    return out
+    mode = thread_mode()
+    if mode.top is not interpreter:
+        return native(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+    if below is None:
+        out = native(op, args, kwargs)
+    else:
+        # The op is user code of the level below as well, which adopts in its turn.
+        mode.top = below
+        try:
+            out = below.process(op, args, kwargs)
+        finally:
+            mode.top = interpreter
+    known = facts(op)
+    if known.is_view or known.mutated:
+        return out
+    taken = {id(tensor) for tensor in tensors_in(args, kwargs)}
+    return map_tensors(
+        lambda tensor: tensor if id(tensor) in taken else interpreter.constant(tensor), out
+    )
 
 
 def watched(

@@ -14,13 +14,13 @@ A level is entered and left with `with`:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lamina_core.config import config
 from lamina_core.errors import message
 from lamina_core.wrapper import LevelTensor
 
@@ -64,15 +64,29 @@ class OuterState:
         self.exclude = _C._dispatch_tls_local_exclude_set()
         self.grad_enabled = True  # cleared while a level is pushed under no_grad
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Run a block under this state (0.9 us, so only where a plain tensor requires grad)."""
-        with _C._ForceDispatchKeyGuard(self.include, self.exclude):
-            if self.grad_enabled:
-                yield
-            else:
-                with torch.no_grad():
-                    yield
+    def guard(self) -> _Guard:
+        """Run a block under this state (1 us, so only where a plain tensor requires grad)."""
+        return _Guard(self)
+
+
+class _Guard:
+    """Brings an outer state back for a block."""
+
+    __slots__ = ("grad_enabled", "keys", "outer")
+
+    def __init__(self, outer: OuterState) -> None:
+        self.outer = outer
+
+    def __enter__(self) -> None:
+        self.keys = _C._ForceDispatchKeyGuard(self.outer.include, self.outer.exclude)
+        self.keys.__enter__()
+        self.grad_enabled = torch.is_grad_enabled()
+        if not self.outer.grad_enabled:
+            torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *exc: object) -> None:
+        torch._C._set_grad_enabled(self.grad_enabled)
+        self.keys.__exit__(None, None, None)
 
 
 class LevelMode(TorchDispatchMode):
@@ -156,6 +170,8 @@ class Interpreter:
     differentiates: ClassVar[bool] = False
     # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
     keeps_values: ClassVar[bool] = False
+    # What `config.debug` 2 and 3 print of a level; set by `lamina_core.debug`, which imports us.
+    observed: ClassVar[Any] = nullcontext
 
     # Class-level defaults: a call pushes a level, and most levels never change these.
     level: int = 0
@@ -193,6 +209,8 @@ class Interpreter:
             if not torch.is_grad_enabled():
                 self._disable_below(mode)
             mode.top = self
+            if config.debug > 1:
+                self._enter(Interpreter.observed(self))
         except BaseException:
             self.__exit__()
             raise
@@ -323,35 +341,45 @@ class mode_off:
                 _C._push_on_torch_dispatch_stack(other)
 
 
-@contextmanager
-def run_at(interpreter: Interpreter | None) -> Iterator[None]:
+class run_at:
     """Run a block as user code of the given level: its ops take the first route from there.
 
     With None the block runs at level 0, under the dispatch-key state of the outermost caller.
     A rule needs this around code that is not a rule: a decomposition, a user's function or hook.
     """
-    mode = _thread.mode
-    saved = mode.top
-    if interpreter is None:
-        outer = mode.outer
-        with mode_off():
-            mode.top = mode.outer = None
-            try:
-                if outer is None:
-                    yield
-                else:
-                    with outer.guard():
-                        yield
-            finally:
-                mode.top, mode.outer = saved, outer
-        return
-    switch = None if mode.is_on() else _ModeOn(mode)
-    mode.top = interpreter
-    if switch is not None:
-        switch.__enter__()
-    try:
-        yield
-    finally:
-        if switch is not None:
-            switch.__exit__()
-        mode.top = saved
+
+    __slots__ = ("guard", "interpreter", "outer", "saved", "switch")
+
+    def __init__(self, interpreter: Interpreter | None) -> None:
+        self.interpreter = interpreter
+
+    def __enter__(self) -> None:
+        mode = _thread.mode
+        self.saved = mode.top
+        self.outer = mode.outer
+        self.guard = None
+        if self.interpreter is not None:
+            self.switch = None if mode.is_on() else _ModeOn(mode)
+            if self.switch is not None:
+                self.switch.__enter__()
+            mode.top = self.interpreter
+            return
+        off = mode_off()
+        off.__enter__()
+        self.switch = off
+        mode.top = mode.outer = None
+        if self.outer is not None:
+            guard = self.outer.guard()
+            guard.__enter__()
+            self.guard = guard
+
+    def __exit__(self, *exc: object) -> None:
+        mode = _thread.mode
+        if self.guard is not None:
+            self.guard.__exit__(None, None, None)
+        if self.interpreter is None:
+            # Back before the switch, which asks the mode whether it is in use.
+            mode.top, mode.outer = self.saved, self.outer
+        if self.switch is not None:
+            self.switch.__exit__()
+        mode.top = self.saved

@@ -30,6 +30,8 @@ _NOT_RANDOM = frozenset({"aten::scaled_dot_product_attention"})
 # Said to be views, but they give their argument itself or a copy of it. What lift_fresh hands over
 # has just been made by `torch.tensor`: nobody else holds that memory.
 _NOT_VIEWS = frozenset({"aten::contiguous", "aten::lift_fresh", "aten::to"})
+# Views where the memory allows it, and copies elsewhere.
+_MAY_BE_VIEWS = frozenset({"aten::reshape"})
 
 
 def is_tensor_type(kind: str) -> bool:
@@ -54,6 +56,7 @@ class OpFacts:
         tensor_args: Positions of positional arguments that hold a tensor.
         list_args: Positions of positional arguments that hold a list of tensors.
         tensor_kwargs: Names of keyword-only arguments that hold a tensor or a list of them.
+        may_be_view: The output shares memory with the first argument, or is a copy of it.
         is_view: The output shares memory with the first argument, which is not written.
         mutated: Positions (or keyword names) of the arguments that the op writes to.
         is_random: Draws random numbers.
@@ -71,6 +74,7 @@ class OpFacts:
         "is_random",
         "is_view",
         "list_args",
+        "may_be_view",
         "mutated",
         "name",
         "op",
@@ -103,7 +107,10 @@ class OpFacts:
         self.list_args = tuple(lists)
         self.tensor_kwargs = tuple(keywords)
         self.mutated: tuple[int | str, ...] = tuple(mutated)
-        self.is_view = bool(op.is_view) and schema.name not in _NOT_VIEWS
+        self.may_be_view = schema.name in _MAY_BE_VIEWS
+        self.is_view = (
+            bool(op.is_view) and schema.name not in _NOT_VIEWS and not self.may_be_view
+        )
         self.is_pointwise = torch.Tag.pointwise in op.tags or schema.name in _ALSO_POINTWISE
         self.is_random = (
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM

@@ -1,6 +1,7 @@
 """Lamina: composable function transforms for PyTorch."""
 
 import lamina.autodiff.function
+import lamina.debug
 import lamina.vmap.function  # noqa: F401 - and under vmap
 from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
 from lamina.functional import functional_call, stack_module_state

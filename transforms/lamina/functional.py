@@ -38,25 +38,15 @@ def stack_module_state(
         >>> vmap(call)(params, buffers).shape
         torch.Size([4, 2])
     """
-    if not models:
+    if isinstance(models, torch.nn.Module) or not models:
+        got = "no model" if isinstance(models, (list, tuple)) else f"a {type(models).__name__}"
         raise StructureError(
-            message("stack_module_state got no model", "to fix: pass at least one")
+            message(f"stack_module_state got {got}", "to fix: pass a list of at least one model")
         )
-    kinds = {type(model) for model in models}
-    if len(kinds) > 1:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise StructureError(
-            message(f"the models have different classes: {names}", "to fix: stack each class apart")
-        )
-    if len({model.training for model in models}) > 1:
-        raise StructureError(
-            message(
-                "some models are in train mode and some in eval mode",
-                "to fix: call .train() or .eval() on all of them",
-            )
-        )
+    for i, model in enumerate(models):
+        _check_alike(models[0], model, i)
     params = {
-        name: _stack([dict(model.named_parameters())[name] for model in models], name)
+        name: _stack([dict(model.named_parameters())[name] for model in models])
         for name, _ in models[0].named_parameters()
     }
     buffers = {
@@ -66,14 +56,49 @@ def stack_module_state(
     return params, buffers
 
 
-def _stack(tensors: list[Any], name: str) -> Any:
-    wants = {tensor.requires_grad for tensor in tensors}
-    if len(wants) > 1:
+def _check_alike(first: torch.nn.Module, model: torch.nn.Module, index: int) -> None:
+    """Raise unless a model has the class, the mode and the kinds of tensors of the first."""
+    kinds = type(first).__name__, type(model).__name__
+    if type(first) is not type(model):
         raise StructureError(
             message(
-                f"parameter {name!r} requires grad in some models and not in others",
-                "to fix: call requires_grad_ on all of them alike",
+                "the models have different classes",
+                f"models[0] is a {kinds[0]}, models[{index}] a {kinds[1]}",
+                "to fix: stack the models of each class by themselves",
             )
         )
+    modes = ["train" if one.training else "eval" for one in (first, model)]
+    if modes[0] != modes[1]:
+        raise StructureError(
+            message(
+                "some models are in train mode and some in eval mode",
+                f"models[0] is in {modes[0]} mode, models[{index}] in {modes[1]} mode",
+                "to fix: call .train() or .eval() on all of them",
+            )
+        )
+    wanted, found = _tensors(first), _tensors(model)
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise StructureError(
+                message(
+                    f"the models differ in {name!r}",
+                    f"models[0] has {wanted.get(name, 'none')}",
+                    f"models[{index}] has {found.get(name, 'none')}",
+                    "to fix: stack models of one architecture, with requires_grad set alike",
+                )
+            )
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, str]:
+    """What a message says of each parameter and buffer, by name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        name: f"a {tensor.dtype} tensor of shape {list(tensor.shape)}"
+        + (" that requires grad" if tensor.requires_grad else "")
+        for name, tensor in named
+    }
+
+
+def _stack(tensors: list[Any]) -> Any:
     stacked = torch.stack([tensor.detach() for tensor in tensors])
-    return stacked.requires_grad_(wants.pop())
+    return stacked.requires_grad_(tensors[0].requires_grad)

@@ -58,7 +58,6 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-
     check_options("jacrev", randomness, chunk_size)
 
     @functools.wraps(func)
@@ -103,7 +102,6 @@ def jacfwd(
         tensor([[4., 1.],
                 [2., 5.]])
     """
-
     check_options("jacfwd", randomness, chunk_size)
 
     @functools.wraps(func)

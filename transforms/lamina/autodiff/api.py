@@ -24,9 +24,11 @@ from lamina_core import pytree
 from lamina_core.alias import refresh_all
 from lamina_core.errors import StructureError, TangentError, message
 from lamina_core.interpreter import mode_off
+from lamina_core.wrapper import LevelTensor
 
 __all__ = ["grad", "grad_and_value", "jvp", "value_and_grad", "vjp"]
 
+_CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 
 
@@ -71,9 +73,15 @@ class _Pass:
                 grads = backward(self.positions, cts, inputs, release=release)
         found = iter(grads)
         filled = []
+        below = self.interpreter.below
         for node, leaf in zip(self.in_nodes, self.leaves, strict=True):
             ct = None if node is None else next(found)
-            filled.append(torch.zeros_like(leaf) if ct is None and node is not None else ct)
+            if ct is None:
+                ct = None if node is None else torch.zeros_like(leaf)
+            elif below is not None and type(ct) not in _CLASSES:
+                # Made inside the level below, like any result of an op there.
+                ct = below.constant(ct)
+            filled.append(ct)
         trees, start = [], 0
         for spec in self.specs:
             stop = start + spec.num_leaves
@@ -269,7 +277,9 @@ def grad_and_value(
     def both(*args: Any, **kwargs: Any) -> Any:
         run = _run("grad", func, args, choose(args, argnums, "grad"), kwargs, has_aux)
         loss = scalar_loss(run.interpreter, run.values, run.out_spec)
-        grads = run.pull([torch.ones_like(loss)], release=True)
+        with mode_off():  # one seed serves every example and every level
+            seed = torch.ones((), dtype=loss.dtype, device=loss.device)
+        grads = run.pull([seed], release=True)
         run.write_back(keep=False)
         found = grads[0] if isinstance(argnums, int) else tuple(grads)
         return found, ((loss, run.aux) if has_aux else loss)

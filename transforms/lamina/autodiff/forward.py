@@ -24,7 +24,7 @@ from lamina_core.alias import mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter, mode_off, run_at
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor
+from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["ForwardInterpreter", "state_of"]
 
@@ -150,7 +150,9 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
             if isinstance(value, Tensor) and cut.args and value is cut.args[0]:
                 return args[0]
             out = _wrap(interpreter, known, value, tangent)
-        if known.is_view and interpreter.is_own(args[0]):
+        if (
+            known.is_view or (known.may_be_view and shares_memory(out, args[0]))
+        ) and interpreter.is_own(args[0]):
             return record_views(out, op, args, kwargs)
         return out
 

@@ -30,7 +30,7 @@ from lamina_core.alias import ViewRecipe, mutate, record_views, refresh_all
 from lamina_core.dispatch import call_one, call_two, needs_guard, watched
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor
+from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]
 
@@ -196,7 +196,9 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
                 return decompose_handler(op.decompose)(interpreter, op, args, kwargs)
             if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
                 return args[0]
-        if known.is_view and interpreter.is_own(args[0]):
+        if (
+            known.is_view or (known.may_be_view and shares_memory(out, args[0]))
+        ) and interpreter.is_own(args[0]):
             return record_views(out, op, args, kwargs)
         return out
 
@@ -460,7 +462,7 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
     general = _rule_handler(known, _linear_rule(declared))
     if len(known.tensor_args) != 1 or known.list_args or known.tensor_kwargs:
         return general
-    call, name, is_view = known.call, known.name, known.is_view
+    call, name, is_view, may_be_view = known.call, known.name, known.is_view, known.may_be_view
     function, getters = declared.transpose.function, declared.transpose.getters
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
@@ -482,7 +484,7 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
         residuals = (function, 1, value.dtype, *saved)
         node = Node(name, _linear_pullback, residuals, _ONE, ((x.node, x.index),))
         wrapped = track(interpreter, out, node)
-        if is_view:
+        if is_view or (may_be_view and shares_memory(out, value)):
             wrapped.recipe = ViewRecipe(x, op, args[1:], kwargs, None)
         return wrapped
 

@@ -83,7 +83,7 @@ def check_options(name: str, randomness: Any, chunk_size: Any) -> None:
         not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size <= 0
     ):
         raise StructureError(
-            message(f"chunk_size of {name} is {chunk_size!r}", "to fix: pass a positive int or None")
+            message(f"chunk_size of {name} is {chunk_size!r}", "to fix: pass an int > 0, or None")
         )
 
 
@@ -104,7 +104,10 @@ def vmap_flat(
             for leaf, dim in zip(leaves, dims, strict=True)
         ]
         out = func(*pytree.unflatten(spec, lifted), **kwargs)
-        return _unwrap(interpreter, out, out_dims, size)
+        if interpreter.mutated:
+            interpreter.refresh(pytree.leaves(out))
+    # Popped: what is done to the values now is done at the level below.
+    return _unwrap(interpreter, out, out_dims, size)
 
 
 def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) -> Any:
@@ -118,7 +121,6 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
         except StructureError as error:
             what, *lines = str(error).split("\n  ")
             raise interpreter.error(StructureError, what, *lines) from None
-    interpreter.refresh(outs)
     results = []
     for i, (value, dim) in enumerate(zip(outs, wanted, strict=True)):
         if not isinstance(value, Tensor):

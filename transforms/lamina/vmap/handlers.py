@@ -41,7 +41,7 @@ from lamina_core.errors import (
 from lamina_core.interpreter import run_at
 from lamina_core.rules import Rule
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor
+from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["Handler", "resolve", "state_of"]
 
@@ -313,7 +313,9 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
             wrapped: Any = wrap(interpreter, out, out_dims)
         else:
             wrapped = interpreter.wrap_out(out, out_dims)
-        if known.is_view and interpreter.is_own(args[0]):
+        if (
+            known.is_view or (known.may_be_view and shares_memory(out, values[0]))
+        ) and interpreter.is_own(args[0]):
             return record_views(wrapped, op, args, kwargs)
         return wrapped
 
@@ -397,8 +399,7 @@ def _data_dependent_handler(known: OpFacts) -> Handler:
             raise interpreter.error(
                 DataDependentError,
                 f"{known.name} would give each example an output of its own shape",
-                "to fix: use torch.where, a masked reduction or torch.nonzero_static, whose shapes "
-                "do not depend on values",
+                "to fix: use torch.where, a masked reduction or torch.nonzero_static",
             )
         raise interpreter.error(
             DataDependentError,
@@ -438,8 +439,8 @@ def note_fallback(interpreter: Any, known: OpFacts) -> None:
             f"no batching rule for {known.name}",
             "registered overloads of the same op: "
             + (", ".join(RULES.siblings(known.op)) or "none"),
-            "to fix: add one in transforms/lamina/vmap/rules/ (see the README there), or set "
-            'lamina.config.fallback = "warn" to loop over the examples',
+            "to fix: add one (see transforms/lamina/vmap/rules/README.md), or loop over the "
+            'examples with lamina.config.fallback = "warn"',
         )
     if config.fallback == "warn" and known.name not in _WARNED:
         _WARNED.add(known.name)

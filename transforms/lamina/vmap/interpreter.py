@@ -82,8 +82,7 @@ class VmapInterpreter(Interpreter):
 
     def refresh(self, outs: list[Any]) -> None:
         """Bring stale views among the outputs of the mapped function up to date."""
-        if self.mutated:
-            refresh_all(self, outs, {})
+        refresh_all(self, outs, {})
 
     def store(self, target: Any, new: Any) -> bool:
         """Write `new` into the memory of `target` where that is sound; say whether it was."""

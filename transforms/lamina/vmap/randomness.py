@@ -39,8 +39,7 @@ def batch_random(
         raise interpreter.error(
             RandomnessError,
             f"{known.name} draws random numbers, and vmap was not told what that means",
-            'to fix: pass vmap(..., randomness="different") for a draw per example, or '
-            'randomness="same" for one draw that all examples share',
+            'to fix: pass randomness="different" to vmap for a draw per example, "same" for one draw',
         )
     if interpreter.randomness == "same":
         if not batched:

@@ -1,8 +1,8 @@
 """Derivatives of losses.
 
-`cross_entropy_loss` decomposes to `log_softmax` and `nll_loss_forward`, which is linear in the
-log-probabilities; `l1_loss` and `kl_div` decompose to elementwise ops. The others are an
-elementwise function and a reduction: a table gives the slope in each operand.
+`cross_entropy_loss` is `log_softmax` and `nll_loss_forward`, which is linear in the
+log-probabilities; the plain case is one node. `l1_loss` and `kl_div` decompose to elementwise ops.
+The others are an elementwise function and a reduction: a table gives the slope in each operand.
 """
 
 from __future__ import annotations
@@ -52,6 +52,32 @@ def _nll_pullback(residuals: Any, needs: Any, ct: Any, total_ct: Any) -> Any:
         return None, None, None
     shown = stand_in(ct, shape)
     return backward_op(ct, shown, target, weight, *settings, total), None, None
+
+
+@vjp_rule(aten.cross_entropy_loss.default)
+def cross_entropy(
+    needs: Any,
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = _MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """[N, C] or [C] scores, [N] or [] classes -> [] or [N]. Anything else decomposes."""
+    if weight is not None or label_smoothing or target.is_floating_point() or x.dim() > 2:
+        return NotImplemented
+    log_p = torch.log_softmax(x, -1)
+    out, total = aten.nll_loss_forward(log_p, target, None, reduction, ignore_index)
+    return out, (log_p, target, total, (reduction, ignore_index)), _cross_entropy_pullback
+
+
+def _cross_entropy_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    log_p, target, total, settings = residuals
+    if ct is None:
+        return None, None, None
+    log_p_ct = aten.nll_loss_backward(ct, log_p, target, None, *settings, total)
+    return aten._log_softmax_backward_data(log_p_ct, log_p, -1, log_p.dtype), None, None
 
 
 _negative_log_likelihood(aten.nll_loss_forward.default, aten.nll_loss_backward.default)

@@ -48,6 +48,7 @@ linear(aten.squeeze.dim, _squeeze_dim_ct)
 linear(aten.squeeze.dims, _reshape_ct)
 linear(aten.unflatten.int, _reshape_ct)
 linear(aten.unsqueeze.default, lambda ct, dim: ct.squeeze(dim))
+linear(aten.reshape.default, _reshape_ct)
 linear(aten.view.default, _reshape_ct)
 linear(aten.view_as.default, _reshape_ct)
 

@@ -125,8 +125,7 @@ def masked_select(info: Any, in_dims: Any, x: Any, mask: Any) -> Any:
         raise info.interpreter.error(
             DataDependentError,
             "aten.masked_select.default would give each example an output of its own shape",
-            "to fix: use torch.where, a masked reduction or torch.nonzero_static, whose shapes "
-            "do not depend on values",
+            "to fix: use torch.where, a masked reduction or torch.nonzero_static",
         )
     shape = torch.broadcast_shapes(logical_shape(x, x_bdim), mask.shape)
     x = pad_rank(x, x_bdim, len(shape)).expand(-1, *shape)

@@ -232,6 +232,7 @@ def unsqueeze(info: Any, in_dims: Any, x: Any, dim: int) -> Any:
 @batching_rule(
     aten._reshape_alias.default,
     aten._unsafe_view.default,
+    aten.reshape.default,
     aten.view.default,
 )
 def view(info: Any, in_dims: Any, x: Any, size: Any, stride: Any = None) -> Any:

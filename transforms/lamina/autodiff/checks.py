@@ -1,0 +1,213 @@
+"""What `grad`, `vjp` and `jvp` hold against their arguments and outputs, and how they complain.
+
+Values are named by the path that reaches them, as the user would write it: `args[0]['w']`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lamina_core import pytree
+from lamina_core.errors import (
+    NonScalarLossError,
+    NotDifferentiableError,
+    StructureError,
+    TangentError,
+    message,
+)
+
+__all__ = [
+    "choose",
+    "describe",
+    "is_differentiable",
+    "match",
+    "named_leaves",
+    "need_differentiable",
+    "scalar_loss",
+    "split_aux",
+]
+
+Tensor = torch.Tensor
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf can carry a derivative: a floating-point or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def describe(leaf: Any) -> str:
+    """A leaf in a message: `torch.int64 tensor of shape [3]`, or the type of what is no tensor."""
+    if isinstance(leaf, Tensor):
+        return f"{leaf.dtype} tensor of shape {list(leaf.shape)}"
+    return type(leaf).__name__
+
+
+def named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree that messages call `name`, each with its path: `name[0]['w']`."""
+    paths, leaves, _ = pytree.flatten_with_paths(tree)
+    return [(f"{name}{path}", leaf) for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def _listing(named: list[tuple[str, Any]]) -> list[str]:
+    lines = [f"{name}: {describe(leaf)}" for name, leaf in named[:4]]
+    return lines + ([f"and {len(named) - 4} more"] if len(named) > 4 else [])
+
+
+def choose(args: tuple[Any, ...], argnums: Any, name: str) -> list[int]:
+    """The positions that `argnums` names, counted from the front.
+
+    Raises:
+        StructureError: If `argnums` is not an int or a sequence of distinct ints in range.
+    """
+    wanted = [argnums] if isinstance(argnums, int) else argnums
+    if (
+        not isinstance(wanted, (tuple, list))
+        or not wanted
+        or any(isinstance(at, bool) or not isinstance(at, int) for at in wanted)
+    ):
+        raise StructureError(
+            message(
+                f"argnums of {name} is {argnums!r}",
+                "to fix: pass an int, or a tuple of at least one int",
+            )
+        )
+    count = len(args)
+    given = "is 1 positional argument" if count == 1 else f"are {count} positional arguments"
+    for at in wanted:
+        if not -count <= at < count:
+            raise StructureError(
+                message(
+                    f"argnums of {name} is {argnums!r}, but there {given}",
+                    "arguments passed by keyword are not differentiated",
+                    "to fix: pass the argument positionally and name its position",
+                )
+            )
+    positions = [at % count for at in wanted]
+    if len(set(positions)) != len(positions):
+        raise StructureError(
+            message(
+                f"argnums of {name} names an argument twice: {argnums!r}", "to fix: name it once"
+            )
+        )
+    return positions
+
+
+def need_differentiable(
+    leaves: list[Any], args: Sequence[Any], chosen: Sequence[int], name: str
+) -> None:
+    """Raise unless one of `leaves`, those of the chosen arguments, can be differentiated."""
+    if any(is_differentiable(leaf) for leaf in leaves):
+        return
+    by_position = name in ("vjp", "jvp")
+    called = "primals" if by_position else "args"
+    named = [pair for at in chosen for pair in named_leaves(f"{called}[{at}]", args[at])]
+    other = "" if by_position else ", or choose another argument with argnums"
+    raise NotDifferentiableError(
+        message(
+            f"{name} has nothing to differentiate: no floating-point or complex tensor",
+            *(_listing(named) or [f"{called} holds no leaf"]),
+            f"to fix: pass a tensor converted with .float(){other}",
+        )
+    )
+
+
+def scalar_loss(interpreter: Any, values: list[Any], spec: Any) -> Any:
+    """The loss, if it is one real tensor of shape ().
+
+    Raises:
+        NonScalarLossError: If it is not.
+    """
+    if spec.is_leaf() and isinstance(values[0], Tensor):
+        loss = values[0]
+        if loss.dim():
+            single = loss.numel() == 1
+            raise interpreter.error(
+                NonScalarLossError,
+                f"grad needs a loss of shape [], got one of shape {list(loss.shape)}",
+                "to fix: take its one element, with .squeeze()"
+                if single
+                else "to fix: reduce it, with .sum() or .mean()",
+            )
+        if not loss.is_floating_point():
+            raise interpreter.error(
+                NonScalarLossError,
+                f"grad needs a real floating-point loss, got one of dtype {loss.dtype}",
+                "to fix: take its real part or its absolute value"
+                if loss.is_complex()
+                else "to fix: compute the loss with floating-point tensors",
+            )
+        return loss
+    named = named_leaves("output", pytree.unflatten(spec, values))
+    raise interpreter.error(
+        NonScalarLossError,
+        "grad needs a loss that is one tensor",
+        *(_listing(named) or ["the output holds no leaf"]),
+        "to fix: return the loss alone, or (loss, aux) with has_aux=True",
+    )
+
+
+def split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
+    """The two parts of what a function returned with `has_aux=True`."""
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        got = (
+            f"a {type(out).__name__} of length {len(out)}"
+            if isinstance(out, (tuple, list))
+            else describe(out)
+        )
+        raise interpreter.error(
+            StructureError,
+            "has_aux=True, but the function did not return a pair",
+            f"it returned: {got}",
+            "to fix: return (output, aux)",
+        )
+    return out[0], out[1]
+
+
+def match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[Any]:
+    """Cotangents or tangents as one list, each checked against the value it belongs to.
+
+    Args:
+        given: The tree of cotangents or tangents.
+        values: The leaves they belong to.
+        spec: The structure that these have.
+        what: How messages name `given`, in the plural.
+        of: How messages name the values.
+
+    Raises:
+        TangentError: If the structure, a shape or a dtype differs.
+    """
+    found, given_spec = pytree.flatten(given)
+    if given_spec != spec:
+        raise TangentError(
+            message(
+                f"the structure of {what} is not that of {of}",
+                f"{of}: {_structure(spec)}",
+                f"{what}: {_structure(given_spec)}",
+                f"to fix: pass one entry of {what} for each leaf of {of}, None for zero",
+            )
+        )
+    for i, (ct, value) in enumerate(zip(found, values, strict=True)):
+        if ct is None or not is_differentiable(value):
+            found[i] = None
+            continue
+        if not isinstance(ct, Tensor) or ct.shape != value.shape or ct.dtype != value.dtype:
+            path = spec.accessors()[i].codify("")
+            raise TangentError(
+                message(
+                    f"{what}{path} does not match {of}{path}",
+                    f"{of}{path}: {describe(value)}",
+                    f"{what}{path}: {describe(ct)}",
+                    "to fix: pass a tensor of the same shape and dtype, or None for zero",
+                )
+            )
+    return found
+
+
+def _structure(spec: Any) -> str:
+    """The structure of a tree, with a star for each leaf: `{'b': *, 'w': *}`."""
+    text = re.sub(r"(, NoneIsLeaf)?(, namespace='\w*')?\)$", "", str(spec))
+    return text.removeprefix("PyTreeSpec(")
