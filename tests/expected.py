@@ -16,8 +16,6 @@ _ONE_STATISTIC = "one running statistic cannot take the updates of several examp
 EXPECTED: dict[tuple[str, str, str], str] = {
     ("item", "", "vmap"): _PYTHON_VALUE,
     ("nn.functional.batch_norm", "", "vmap"): _ONE_STATISTIC,
-    ("nn.functional.batch_norm", "", "vmap_vjp"): _ONE_STATISTIC,
-    ("nn.functional.instance_norm", "", "vmap_vjp"): _ONE_STATISTIC,
 }
 
 

@@ -178,7 +178,8 @@ class RuleError(LaminaError, RuntimeError):
         >>> RuleTable("batching").register(torch.sin, lambda info, in_dims, x: (x, in_dims[0]))
         Traceback (most recent call last):
             ...
-        lamina_core.errors.RuleError: a batching rule is registered for an OpOverload, got ...
+        lamina_core.errors.RuleError: a batching rule is registered for an OpOverload
+          got: builtin_function_or_method sin
           to fix: name the overload, such as aten.sum.dim_IntList
     """
 

@@ -61,7 +61,8 @@ class RuleTable:
         if not isinstance(op, torch._ops.OpOverload):
             raise RuleError(
                 message(
-                    f"a {self.transform} rule is registered for an OpOverload, got {op!r}",
+                    f"a {self.transform} rule is registered for an OpOverload",
+                    f"got: {type(op).__name__} {getattr(op, '__name__', op)}",
                     "to fix: name the overload, such as aten.sum.dim_IntList",
                 )
             )

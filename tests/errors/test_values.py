@@ -19,84 +19,159 @@ X = torch.arange(6.0).reshape(2, 3)
 
 def test_item():
     assert_expected_inline(
-        said(DataDependentError, lambda: vmap(lambda x: x.sum().item())(X)), """"""
+        said(DataDependentError, lambda: vmap(lambda x: x.sum().item())(X)),
+        """\
+aten.item.default needs one Python value, but there are 2
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  it comes from .item(), float(), bool(), int() or an `if` on a batched tensor
+  to fix: use torch.where in place of an `if`, and tensor ops in place of .item()""",
     )
 
 
 def test_an_if():
     assert_expected_inline(
-        said(DataDependentError, lambda: vmap(lambda x: x if x.sum() > 0 else -x)(X)), """"""
+        said(DataDependentError, lambda: vmap(lambda x: x if x.sum() > 0 else -x)(X)),
+        """\
+aten.item.default needs one Python value, but there are 2
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  it comes from .item(), float(), bool(), int() or an `if` on a batched tensor
+  to fix: use torch.where in place of an `if`, and tensor ops in place of .item()""",
     )
 
 
 def test_float_in_a_nested_vmap():
     assert_expected_inline(
-        said(DataDependentError, lambda: grad(lambda x: vmap(vmap(float))(x))(X)), """"""
+        said(DataDependentError, lambda: grad(lambda x: vmap(vmap(float))(x))(X)),
+        """\
+aten.item.default needs one Python value, but there are 3
+  while interpreting at level 3: vmap(batch_size=3, randomness='error')
+  it comes from .item(), float(), bool(), int() or an `if` on a batched tensor
+  to fix: use torch.where in place of an `if`, and tensor ops in place of .item()""",
     )
 
 
 def test_nonzero():
-    assert_expected_inline(said(DataDependentError, lambda: vmap(torch.nonzero)(X)), """""")
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(torch.nonzero)(X)),
+        """\
+aten.nonzero.default would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use torch.where, a masked reduction or torch.nonzero_static""",
+    )
 
 
 def test_unique():
-    assert_expected_inline(said(DataDependentError, lambda: vmap(torch.unique)(X)), """""")
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(torch.unique)(X)),
+        """\
+aten._unique2.default would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use torch.where, a masked reduction or torch.nonzero_static""",
+    )
 
 
 def test_a_mask_as_index():
-    assert_expected_inline(said(DataDependentError, lambda: vmap(lambda x: x[x > 1])(X)), """""")
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(lambda x: x[x > 1])(X)),
+        """\
+a mask that differs between examples would give each a result of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use torch.where, a masked reduction or torch.nonzero_static""",
+    )
 
 
 def test_masked_select():
     assert_expected_inline(
-        said(DataDependentError, lambda: vmap(lambda x: torch.masked_select(x, x > 1))(X)), """"""
+        said(DataDependentError, lambda: vmap(lambda x: torch.masked_select(x, x > 1))(X)),
+        """\
+aten.masked_select.default would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use torch.where, a masked reduction or torch.nonzero_static""",
     )
 
 
 def test_repeat_interleave():
     assert_expected_inline(
-        said(DataDependentError, lambda: vmap(torch.repeat_interleave)(X.long())), """"""
+        said(DataDependentError, lambda: vmap(torch.repeat_interleave)(X.long())),
+        """\
+aten.repeat_interleave.Tensor would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: pass output_size, which says how many elements each example has""",
     )
 
 
 def test_allclose():
     assert_expected_inline(
-        said(DataDependentError, lambda: vmap(lambda x: torch.allclose(x, X[0]))(X)), """"""
+        said(DataDependentError, lambda: vmap(lambda x: torch.allclose(x, X[0]))(X)),
+        """\
+aten.allclose.default needs one Python value, but not all examples are close
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use torch.isclose(...).all(), which gives a value per example""",
     )
 
 
 def test_a_random_op():
     assert_expected_inline(
-        said(RandomnessError, lambda: vmap(lambda x: x + torch.randn(3))(X)), """"""
+        said(RandomnessError, lambda: vmap(lambda x: x + torch.randn(3))(X)),
+        """\
+aten.randn.default draws random numbers, and vmap was not told what that means
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: pass randomness="different" for a draw per example, or "same" for one for all""",
     )
 
 
 def test_dropout():
     assert_expected_inline(
         said(RandomnessError, lambda: vmap(grad(lambda x: torch.dropout(x, 0.5, True).sum()))(X)),
-        """""",
+        """\
+aten.native_dropout.default draws random numbers, and vmap was not told what that means
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: pass randomness="different" for a draw per example, or "same" for one for all""",
     )
 
 
 def test_one_draw_from_parameters_that_differ():
     assert_expected_inline(
         said(RandomnessError, lambda: vmap(lambda x: torch.normal(x, 1.0), randomness="same")(X)),
-        """""",
+        """\
+aten.normal.Tensor_float draws from batched parameters, and randomness="same" asks for one draw
+  while interpreting at level 1: vmap(batch_size=2, randomness='same')
+  to fix: use randomness="different\"""",
     )
 
 
 def test_a_tensor_that_escaped():
     kept = []
     vmap(lambda x: kept.append(x * 2))(X)
-    assert_expected_inline(said(EscapedTensorError, lambda: kept[0] + 1), """""")
+    assert_expected_inline(
+        said(EscapedTensorError, lambda: kept[0] + 1),
+        """\
+a batched tensor of shape [3] is used after its vmap returned
+  escaped from level 1: vmap(batch_size=2, randomness='error')
+  to fix: return the tensor from the mapped function instead of storing it""",
+    )
 
 
 def test_a_tensor_that_escaped_into_another_vmap():
     kept = []
     vmap(vmap(kept.append))(X)
-    assert_expected_inline(said(EscapedTensorError, lambda: vmap(lambda x: x + kept[0])(X)), """""")
+    assert_expected_inline(
+        said(EscapedTensorError, lambda: vmap(lambda x: x + kept[0])(X)),
+        """\
+a batched tensor of shape [] is used after its vmap returned
+  escaped from level 2: vmap(batch_size=3, randomness='error')
+  to fix: return the tensor from the mapped function instead of storing it""",
+    )
 
 
 def test_no_batching_rule(monkeypatch):
     monkeypatch.setattr(config, "fallback", "error")
-    assert_expected_inline(said(MissingRuleError, lambda: vmap(torch.histc)(X)), """""")
+    assert_expected_inline(
+        said(MissingRuleError, lambda: vmap(torch.histc)(X)),
+        """\
+no batching rule for aten.histc.default
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  registered overloads of the same op: none
+  to fix: add one: transforms/lamina/vmap/rules/README.md says how
+  or loop over the examples, with lamina.config.fallback = "warn\"""",
+    )

@@ -17,50 +17,89 @@ def first(*args):
 
 
 def test_in_dims_with_too_many_entries():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, in_dims=(0, 0))(X)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, in_dims=(0, 0))(X)),
+        """\
+in_dims does not fit args
+  in_dims has 2 entries but args has 1
+  to fix: write in_dims like args, or put one value in its place for the whole of args""",
+    )
 
 
 def test_in_dims_with_too_few_entries_inside_an_argument():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(first, in_dims=((0, 0),))((X, X, X))), """"""
+        said(StructureError, lambda: vmap(first, in_dims=((0, 0),))((X, X, X))),
+        """\
+in_dims does not fit args
+  in_dims[0] has 2 entries but args[0] has 3
+  to fix: write in_dims[0] like args[0], or put one value in its place for the whole of args[0]""",
     )
 
 
 def test_in_dims_with_other_keys():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(first, in_dims=({"a": 0},))({"w": X})), """"""
+        said(StructureError, lambda: vmap(first, in_dims=({"a": 0},))({"w": X})),
+        """\
+in_dims does not fit args
+  keys of args[0] that in_dims[0] lacks: 'w'
+  keys of in_dims[0] that args[0] lacks: 'a'
+  to fix: write in_dims[0] like args[0], or put one value in its place for the whole of args[0]""",
     )
 
 
 def test_in_dims_deeper_than_the_arguments():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(first, in_dims=(0, (0, 0)))(X, X)), """"""
+        said(StructureError, lambda: vmap(first, in_dims=(0, (0, 0)))(X, X)),
+        """\
+in_dims does not fit args
+  in_dims[1] is of type tuple but args[1] is a single leaf
+  to fix: put one value in the place of in_dims[1]""",
     )
 
 
 def test_in_dims_of_a_wrong_type():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, in_dims="rows")(X)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, in_dims="rows")(X)),
+        """\
+in_dims is 'rows', of type str
+  to fix: pass an int, or a tuple or list with an entry per positional argument""",
+    )
 
 
 def test_an_entry_of_in_dims_of_a_wrong_type():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(first, in_dims=(0, {"w": 0.5}))(X, {"w": X})), """"""
+        said(StructureError, lambda: vmap(first, in_dims=(0, {"w": 0.5}))(X, {"w": X})),
+        """\
+in_dims has 0.5 for argument args[1]['w']
+  to fix: use an int or None""",
     )
 
 
 def test_a_bool_is_no_dim():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, in_dims=True)(X)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, in_dims=True)(X)),
+        """\
+in_dims has True for argument args[0]
+  to fix: use an int or None""",
+    )
 
 
 def test_in_dims_out_of_range():
     assert_expected_inline(
         said(StructureError, lambda: vmap(first, in_dims=({"w": (None, -3)},))({"w": (X, X)})),
-        """""",
+        """\
+in_dims has -3 for argument args[0]['w'][1] of shape [2, 3]
+  to fix: use an int in [-2, 1], or None""",
     )
 
 
 def test_a_tensor_of_rank_0_cannot_be_mapped():
-    assert_expected_inline(said(StructureError, lambda: vmap(first)(X, torch.tensor(1.0))), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first)(X, torch.tensor(1.0))),
+        """\
+in_dims has 0 for argument args[1] of shape []
+  to fix: use None: a tensor of shape [] has no dim to map over""",
+    )
 
 
 def test_sizes_that_differ():
@@ -69,74 +108,147 @@ def test_sizes_that_differ():
             BatchSizeError,
             lambda: vmap(first, in_dims=(0, {"w": 1, "b": None}))(X, {"w": X, "b": X}),
         ),
-        """""",
+        """\
+the mapped arguments of vmap have different sizes
+  args[0] of shape [2, 3] has size 2 in dim 0
+  args[1]['w'] of shape [2, 3] has size 3 in dim 1
+  to fix: map over dims of one size, or pass None in in_dims for the others""",
     )
 
 
 def test_no_tensor_to_map():
-    assert_expected_inline(said(BatchSizeError, lambda: vmap(first)(1, 2.0)), """""")
+    assert_expected_inline(
+        said(BatchSizeError, lambda: vmap(first)(1, 2.0)),
+        """\
+vmap has nothing to map over: no argument is mapped
+  in_dims is 0, and the arguments hold 0 tensors
+  to fix: pass at least one tensor positionally, with an int in in_dims""",
+    )
 
 
 def test_nothing_is_mapped():
     assert_expected_inline(
-        said(BatchSizeError, lambda: vmap(first, in_dims=(None, None))(X, X)), """"""
+        said(BatchSizeError, lambda: vmap(first, in_dims=(None, None))(X, X)),
+        """\
+vmap has nothing to map over: no argument is mapped
+  in_dims is (None, None), and the arguments hold 2 tensors
+  to fix: pass at least one tensor positionally, with an int in in_dims""",
     )
 
 
 def test_no_argument():
-    assert_expected_inline(said(BatchSizeError, lambda: vmap(lambda x: x)(x=X)), """""")
+    assert_expected_inline(
+        said(BatchSizeError, lambda: vmap(lambda x: x)(x=X)),
+        """\
+vmap has nothing to map over: no argument is mapped
+  in_dims is 0, and the arguments hold 0 tensors
+  to fix: pass at least one tensor positionally, with an int in in_dims""",
+    )
 
 
 def test_out_dims_is_none_for_an_output_that_is_batched():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(lambda x: (3, {"w": x}), out_dims=None)(X)), """"""
+        said(StructureError, lambda: vmap(lambda x: (3, {"w": x}), out_dims=None)(X)),
+        """\
+out_dims is None for output[1]['w'] of shape [3], which differs between examples
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: give it an int in out_dims""",
     )
 
 
 def test_out_dims_is_none_in_a_nested_vmap():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(vmap(first, out_dims=None))(X)), """"""
+        said(StructureError, lambda: vmap(vmap(first, out_dims=None))(X)),
+        """\
+out_dims is None for output of shape [], which differs between examples
+  while interpreting at level 2: vmap(batch_size=3, randomness='error')
+  to fix: give it an int in out_dims""",
     )
 
 
 def test_out_dims_out_of_range():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(lambda x: {"w": x}, out_dims=2)(X)), """"""
+        said(StructureError, lambda: vmap(lambda x: {"w": x}, out_dims=2)(X)),
+        """\
+out_dims is 2 for output['w'] of shape [3]
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use an int in [-2, 1], which counts the batch dim, or None""",
     )
 
 
 def test_out_dims_of_a_wrong_type():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, out_dims="rows")(X)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, out_dims="rows")(X)),
+        """\
+out_dims is 'rows' for output of shape [3]
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use an int in [-2, 1], which counts the batch dim, or None""",
+    )
 
 
 def test_a_bool_is_no_out_dim():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, out_dims=True)(X)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, out_dims=True)(X)),
+        """\
+out_dims is True for output of shape [3]
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use an int in [-2, 1], which counts the batch dim, or None""",
+    )
 
 
 def test_out_dims_with_too_many_entries():
     assert_expected_inline(
-        said(StructureError, lambda: vmap(lambda x: (x, x), out_dims=(0, 0, 0))(X)), """"""
+        said(StructureError, lambda: vmap(lambda x: (x, x), out_dims=(0, 0, 0))(X)),
+        """\
+out_dims does not fit output
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  out_dims has 3 entries but output has 2
+  to fix: write out_dims like output, or put one value in its place for the whole of output""",
     )
 
 
 def test_out_dims_deeper_than_the_output():
     assert_expected_inline(
         said(StructureError, lambda: grad(lambda x: vmap(first, out_dims=(0, 1))(x).sum())(X)),
-        """""",
+        """\
+out_dims does not fit output
+  while interpreting at level 2: vmap(batch_size=2, randomness='error')
+  out_dims is of type tuple but output is a single leaf
+  to fix: put one value in the place of out_dims""",
     )
 
 
 def test_randomness_of_no_kind():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, randomness="all")), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, randomness="all")),
+        """\
+randomness of vmap is 'all'
+  to fix: pass 'error', 'same' or 'different'""",
+    )
 
 
 def test_chunk_size_of_zero():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, chunk_size=0)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, chunk_size=0)),
+        """\
+chunk_size of vmap is 0
+  to fix: pass an int > 0, or None""",
+    )
 
 
 def test_chunk_size_of_a_wrong_type():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, chunk_size=1.5)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, chunk_size=1.5)),
+        """\
+chunk_size of vmap is 1.5
+  to fix: pass an int > 0, or None""",
+    )
 
 
 def test_chunk_size_is_no_bool():
-    assert_expected_inline(said(StructureError, lambda: vmap(first, chunk_size=True)), """""")
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first, chunk_size=True)),
+        """\
+chunk_size of vmap is True
+  to fix: pass an int > 0, or None""",
+    )

@@ -14,21 +14,37 @@ X = torch.arange(6.0).reshape(2, 3)
 
 def test_a_captured_tensor_under_vmap():
     total = torch.zeros(3)
-    assert_expected_inline(said(MutationError, lambda: vmap(lambda x: total.add_(x))(X)), """""")
+    assert_expected_inline(
+        said(MutationError, lambda: vmap(lambda x: total.add_(x))(X)),
+        """\
+aten.add_.Tensor writes a value of this transform to a tensor captured from outside it
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  captured, or passed without being mapped: a tensor of shape [3]
+  to fix: pass it as an argument (a mapped one under vmap), make it inside, or do not write""",
+    )
 
 
 def test_an_argument_that_is_not_mapped():
     total = torch.zeros(3)
     assert_expected_inline(
         said(MutationError, lambda: vmap(lambda x, t: t.add_(x), in_dims=(0, None))(X, total)),
-        """""",
+        """\
+aten.add_.Tensor writes a value of this transform to a tensor captured from outside it
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  captured, or passed without being mapped: a tensor of shape [3]
+  to fix: pass it as an argument (a mapped one under vmap), make it inside, or do not write""",
     )
 
 
 def test_a_captured_tensor_under_grad():
     total = torch.zeros(3)
     assert_expected_inline(
-        said(MutationError, lambda: grad(lambda x: total.mul_(x).sum())(X[0])), """"""
+        said(MutationError, lambda: grad(lambda x: total.mul_(x).sum())(X[0])),
+        """\
+aten.mul_.Tensor writes a value of this transform to a tensor captured from outside it
+  while interpreting at level 1: grad
+  captured, or passed without being mapped: a tensor of shape [3]
+  to fix: pass it as an argument (a mapped one under vmap), make it inside, or do not write""",
     )
 
 
@@ -36,7 +52,11 @@ def test_a_captured_tensor_in_a_random_op():
     noise = torch.zeros(3)
     assert_expected_inline(
         said(MutationError, lambda: vmap(lambda x: noise.normal_(), randomness="different")(X)),
-        """""",
+        """\
+aten.normal_.default writes a value of this transform to a tensor captured from outside it
+  while interpreting at level 1: vmap(batch_size=2, randomness='different')
+  captured, or passed without being mapped: a tensor of shape [3]
+  to fix: pass it as an argument (a mapped one under vmap), make it inside, or do not write""",
     )
 
 
@@ -46,30 +66,54 @@ def test_a_write_through_detach():
         y.detach().zero_()
         return y.sum()
 
-    assert_expected_inline(said(MutationError, lambda: grad(loss)(X)), """""")
+    assert_expected_inline(
+        said(MutationError, lambda: grad(loss)(X)),
+        """\
+a write through detach() to a tensor that carries a derivative
+  while interpreting at level 1: grad
+  PyTorch changes the value behind the back of the derivative, which is then wrong
+  to fix: write to the tensor itself, or to a clone of the detached one""",
+    )
 
 
 def test_operands_that_do_not_broadcast():
     assert_expected_inline(
-        said(MutationError, lambda: vmap(lambda x: x[0].add_(x))(X.clone())), """"""
+        said(MutationError, lambda: vmap(lambda x: x[0].add_(x))(X.clone())),
+        """\
+aten.add_.Tensor writes to a tensor of shape [], which the other operands do not broadcast to
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use the out-of-place form of the op""",
     )
 
 
 def test_a_result_of_another_shape():
     assert_expected_inline(
-        said(MutationError, lambda: vmap(lambda x: torch.sum(x, 0, out=torch.zeros(5)))(X)), """"""
+        said(MutationError, lambda: vmap(lambda x: torch.sum(x, 0, out=torch.zeros(5)))(X)),
+        """\
+aten.sum.IntList_out writes a result of shape [] to a tensor of shape [5]
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use the out-of-place form of the op""",
     )
 
 
 def test_an_out_that_would_be_resized():
     assert_expected_inline(
-        said(MutationError, lambda: vmap(lambda x: torch.sin(x, out=torch.empty(0)))(X)), """"""
+        said(MutationError, lambda: vmap(lambda x: torch.sin(x, out=torch.empty(0)))(X)),
+        """\
+aten.sin.out would resize its out argument of shape [0]
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  the result has shape [3]
+  to fix: use the op without out=, or give an out of the result's shape""",
     )
 
 
 def test_an_argument_that_changes_shape():
     assert_expected_inline(
-        said(MutationError, lambda: grad(lambda x: x.t_().sum())(X.clone())), """"""
+        said(MutationError, lambda: grad(lambda x: x.t_().sum())(X.clone())),
+        """\
+aten.t_.default changes the shape of an argument of the transform
+  while interpreting at level 1: grad
+  to fix: use the out-of-place aten.t.default""",
     )
 
 
@@ -77,10 +121,16 @@ def test_a_view_of_a_base_that_changed_shape():
     def loss(x):
         y = x * 2
         row = y[0]
-        y.t_()
+        y.t_().zero_()
         return row.sum()
 
-    assert_expected_inline(said(MutationError, lambda: grad(loss)(X)), """""")
+    assert_expected_inline(
+        said(MutationError, lambda: grad(loss)(X)),
+        """\
+a view made by aten.select.int is used after its base changed shape in place
+  while interpreting at level 1: grad
+  to fix: change the shape out of place, or make the view afterwards""",
+    )
 
 
 def test_a_view_of_another_dtype():
@@ -89,12 +139,22 @@ def test_a_view_of_another_dtype():
         y.view(torch.int32).zero_()
         return y.sum()
 
-    assert_expected_inline(said(MutationError, lambda: grad(loss)(X)), """""")
+    assert_expected_inline(
+        said(MutationError, lambda: grad(loss)(X)),
+        """\
+cannot write through aten.view.dtype, which views torch.float32 as torch.int32
+  while interpreting at level 1: grad
+  to fix: write to the tensor itself, with values of its own dtype""",
+    )
 
 
 def test_no_counterpart_out_of_place():
     assert_expected_inline(
-        said(MutationError, lambda: grad(lambda x: torch.ones(2, 3, out=x * 2).sum())(X)), """"""
+        said(MutationError, lambda: grad(lambda x: torch.ones(2, 3, out=x * 2).sum())(X)),
+        """\
+aten.ones.out writes to its argument and has no out-of-place counterpart
+  while interpreting at level 1: grad
+  to fix: use the out-of-place form of the op""",
     )
 
 
@@ -102,4 +162,10 @@ def test_a_residual_that_was_written_over():
     scale = torch.ones(2, 3)
     out, vjp_fn = vjp(lambda x: x * scale, X)
     scale.add_(1)
-    assert_expected_inline(said(MutationError, lambda: vjp_fn(out)), """""")
+    assert_expected_inline(
+        said(MutationError, lambda: vjp_fn(out)),
+        """\
+a tensor that the gradient of aten.mul.Tensor needs was written to in place
+  residual 1 of shape [2, 3]: version 1, saved at version 0
+  to fix: write to a clone of it""",
+    )

@@ -26,7 +26,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lamina_core.errors import RuleError
+from lamina_core.errors import RuleError, message
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
 
@@ -111,8 +111,11 @@ def _place(name: str, known: OpFacts) -> tuple[Any, ...]:
         return (fact, _OPERANDS.index(letter))
     if name not in known.arg_names:
         raise RuleError(
-            f"a derivative of {known.name} names {name!r}, which is no argument of the op; "
-            f"its arguments are {', '.join(known.arg_names)}"
+            message(
+                f"a derivative of {known.name} names {name!r}, which is no argument of the op",
+                f"arguments of the op: {', '.join(known.arg_names)}",
+                f"to fix: name one of these, or out, or an operand: {', '.join(_OPERANDS)}",
+            )
         )
     return ("arg", name)
 

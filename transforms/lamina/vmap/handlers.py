@@ -439,8 +439,8 @@ def note_fallback(interpreter: Any, known: OpFacts) -> None:
             f"no batching rule for {known.name}",
             "registered overloads of the same op: "
             + (", ".join(RULES.siblings(known.op)) or "none"),
-            "to fix: add one (see transforms/lamina/vmap/rules/README.md), or loop over the "
-            'examples with lamina.config.fallback = "warn"',
+            "to fix: add one: transforms/lamina/vmap/rules/README.md says how",
+            'or loop over the examples, with lamina.config.fallback = "warn"',
         )
     if config.fallback == "warn" and known.name not in _WARNED:
         _WARNED.add(known.name)

@@ -39,7 +39,7 @@ def batch_random(
         raise interpreter.error(
             RandomnessError,
             f"{known.name} draws random numbers, and vmap was not told what that means",
-            'to fix: pass randomness="different" to vmap for a draw per example, "same" for one draw',
+            'to fix: pass randomness="different" for a draw per example, or "same" for one for all',
         )
     if interpreter.randomness == "same":
         if not batched:
