@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lamina_core.config import tensor_summary
+from lamina_core.errors import MutationError, message
 
 if TYPE_CHECKING:
     from lamina_core.alias import ViewRecipe
@@ -93,6 +94,27 @@ class LevelTensor(torch.Tensor):
         return from_dead(func, args, kwargs)
 
     run_dead: ClassVar[Any] = None
+
+    @property
+    def data(self) -> Any:
+        """The tensor without its derivative, as `detach` gives it."""
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Any) -> None:
+        """Refused: PyTorch exchanges the memory below Python, where no level would see it."""
+        raise MutationError(
+            message(
+                f"an assignment to .data of {self!r}",
+                "to fix: use tensor.copy_(new), or go on with the new tensor",
+            )
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy at the same level; levels themselves are never copied."""
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]
 
     def dead_value(self) -> Any:
         """What stands for this wrapper once its interpreter has been popped."""

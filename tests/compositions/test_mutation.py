@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -574,3 +576,27 @@ def test_a_detached_value_written_to_a_captured_tensor():
     x = fresh()[0]
     torch.testing.assert_close(grad(f)(x), 2 * x)
     torch.testing.assert_close(captured, x)
+
+
+def test_an_assignment_to_data_is_refused():
+    def f(x):
+        y = x * 1
+        y.data = torch.zeros(2)
+        return y.sum()
+
+    with pytest.raises(MutationError, match=r"an assignment to \.data"):
+        grad(f)(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp", "vmap(grad)"])
+def test_a_deep_copy_is_a_copy(name):
+    xs = torch.randn(3, 4, dtype=torch.float64)
+    apply = TRANSFORMS[name]
+
+    def copied(x):
+        y = copy.deepcopy(x)
+        y.mul_(2)
+        return y * x
+
+    actual, expected = apply(copied, xs.clone()), apply(lambda x: 2 * x * x, xs.clone())
+    torch.testing.assert_close(actual, expected)

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
-from lamina_core.errors import DataDependentError
+from lamina.vmap.table import RULES
+from lamina_core.config import config
+from lamina_core.errors import DataDependentError, FallbackWarning, MissingRuleError, message
+from lamina_core.schema import OpFacts
 
-__all__ = ["loop_over_examples"]
+__all__ = ["loop_over_examples", "note_fallback"]
 
 Tensor = torch.Tensor
+_WARNED: set[str] = set()
+
+
+def note_fallback(interpreter: Any, known: OpFacts) -> None:
+    """Say once per op that it runs example by example, or refuse to."""
+    if config.fallback == "error":
+        raise interpreter.error(
+            MissingRuleError,
+            f"no batching rule for {known.name}",
+            "registered overloads of the same op: "
+            + (", ".join(RULES.siblings(known.op)) or "none"),
+            "to fix: add one: transforms/lamina/vmap/rules/README.md says how",
+            'or loop over the examples, with lamina.config.fallback = "warn"',
+        )
+    if config.fallback == "warn" and known.name not in _WARNED:
+        _WARNED.add(known.name)
+        warnings.warn(
+            message(
+                f"no batching rule for {known.name}: it runs example by example, which is slow",
+                interpreter.where(),
+                "to fix: add a rule (torch.library.register_vmap for an op of your own), or "
+                'silence this with lamina.config.fallback = "silent"',
+            ),
+            FallbackWarning,
+            stacklevel=2,
+        )
 
 
 def loop_over_examples(

@@ -6,7 +6,6 @@ arguments, calls the rule on their values and wraps what comes back.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from lamina.decompositions import decomposition_of
 from lamina.vmap.batched import BatchedTensor, wrap, wrap_like
 from lamina.vmap.dims import EmptyBatchError, pad_rank
-from lamina.vmap.fallback import loop_over_examples
+from lamina.vmap.fallback import loop_over_examples, note_fallback
 from lamina.vmap.randomness import batch_random
 from lamina.vmap.table import RULES, Info
 from lamina.vmap.writes import in_place_handler
@@ -33,10 +32,7 @@ from lamina_core.dispatch import (
 )
 from lamina_core.errors import (
     DataDependentError,
-    FallbackWarning,
-    MissingRuleError,
     RuleError,
-    message,
 )
 from lamina_core.interpreter import run_at
 from lamina_core.rules import Rule
@@ -411,9 +407,6 @@ def _data_dependent_handler(known: OpFacts) -> Handler:
     return handle
 
 
-_WARNED: set[str] = set()
-
-
 def _fallback_handler(known: OpFacts) -> Handler:
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         values, dims, inner, kwarg_dims, batched, own, grads = unwrap(
@@ -429,28 +422,3 @@ def _fallback_handler(known: OpFacts) -> Handler:
         return interpreter.wrap_out(out, out_dims)
 
     return handle
-
-
-def note_fallback(interpreter: Any, known: OpFacts) -> None:
-    """Say once per op that it runs example by example, or refuse to."""
-    if config.fallback == "error":
-        raise interpreter.error(
-            MissingRuleError,
-            f"no batching rule for {known.name}",
-            "registered overloads of the same op: "
-            + (", ".join(RULES.siblings(known.op)) or "none"),
-            "to fix: add one: transforms/lamina/vmap/rules/README.md says how",
-            'or loop over the examples, with lamina.config.fallback = "warn"',
-        )
-    if config.fallback == "warn" and known.name not in _WARNED:
-        _WARNED.add(known.name)
-        warnings.warn(
-            message(
-                f"no batching rule for {known.name}: it runs example by example, which is slow",
-                interpreter.where(),
-                "to fix: add a rule (torch.library.register_vmap for an op of your own), or "
-                'silence this with lamina.config.fallback = "silent"',
-            ),
-            FallbackWarning,
-            stacklevel=2,
-        )
