@@ -359,7 +359,7 @@ class run_at:
         self.outer = mode.outer
         self.guard = None
         if self.interpreter is not None:
-            self.switch = None if mode.is_on() else _ModeOn(mode)
+            self.switch: Any = None if mode.is_on() else _ModeOn(mode)
             if self.switch is not None:
                 self.switch.__enter__()
             mode.top = self.interpreter

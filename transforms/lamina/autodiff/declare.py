@@ -120,9 +120,6 @@ def _place(name: str, known: OpFacts) -> tuple[Any, ...]:
     return ("arg", name)
 
 
-_DEFAULTS: dict[int, dict[str, Any]] = {}
-
-
 def argument(known: OpFacts, name: str, args: Any, kwargs: Any) -> Any:
     """The value of a non-tensor argument in one call, or the schema's default."""
     if name in kwargs:

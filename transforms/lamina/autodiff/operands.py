@@ -31,6 +31,9 @@ class Split:
 
     __slots__ = ("args", "grads", "kwargs", "operands", "own")
 
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
     def __init__(self) -> None:
         self.operands: list[Any] = []
         self.own = False

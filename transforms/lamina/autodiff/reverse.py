@@ -14,7 +14,16 @@ from lamina.autodiff.declare import (
     Linear,
     Multilinear,
     Pointwise,
-    unbroadcast,
+)
+from lamina.autodiff.declared import (
+    binary_pullback,
+    linear_pullback,
+    linear_rule,
+    multilinear_rule,
+    pointwise_rule,
+    saved_for,
+    unary_plain_pullback,
+    unary_pullback,
 )
 from lamina.autodiff.operands import (
     Split,
@@ -157,11 +166,11 @@ def rule_function(op: Any) -> Any:
         return None
     match rule.function:
         case Pointwise() as declared:
-            return _pointwise_rule(declared)
+            return pointwise_rule(declared)
         case Linear() as declared:
-            return _linear_rule(declared)
+            return linear_rule(declared)
         case Multilinear() as declared:
-            return _multilinear_rule(declared)
+            return multilinear_rule(declared)
         case by_hand:
             return by_hand
 
@@ -242,7 +251,7 @@ def record(interpreter: Any, known: OpFacts, rule: Any, cut: Split, positions: A
     if not isinstance(out, (list, tuple)):
         return out  # a number or a bool, such as `equal` gives
     outs = list(out)
-    node = None
+    node: Any = None
     if pullback is not None:
         node = Node(known.name, pullback, residuals, needs, positions, len(outs))
     wrapped = [
@@ -256,82 +265,14 @@ def record(interpreter: Any, known: OpFacts, rule: Any, cut: Split, positions: A
     return wrapped if known.returns == ("list",) else tuple(wrapped)
 
 
-# -- declarations ----------------------------------------------------------------------------------
-
-
-def _real_part_for(ct: Any, dtype: Any) -> Any:
-    """A cotangent in the dtype of its primal: the real part where that is real."""
-    if ct.dtype is dtype:
-        return ct
-    if ct.is_complex() and not dtype.is_complex:
-        ct = ct.real
-    return ct if ct.dtype is dtype else ct.to(dtype)
-
-
-def _product(function: Any, ct: Any, saved: Any) -> Any:
-    """Pull a cotangent back through an elementwise product (NOTE in `declare`)."""
-    if ct.is_complex() or any(isinstance(s, Tensor) and s.is_complex() for s in saved):
-        return function(ct.conj(), *saved).conj()
-    return function(ct, *saved)
-
-
-def _pointwise_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    """Residuals: `plan` (per operand: product, places in `saved`, shape, dtype), then `saved`."""
-    plan, *saved = residuals
-    cts = []
-    for entry in plan:
-        if entry is None or ct is None:
-            cts.append(None)
-            continue
-        function, places, shape, dtype = entry
-        x_ct = _product(function, ct, [saved[p] for p in places])
-        cts.append(_real_part_for(unbroadcast(x_ct, shape), dtype))
-    return cts
-
-
-def _unary_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    """The usual case: one real operand of the output's dtype, one residual."""
-    function, saved = residuals
-    return (function(ct, saved),)
-
-
-def _unary_plain_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    """As above, for a product that needs nothing but the cotangent."""
-    return (residuals[0](ct),)
-
+# -- the short ways of declarations ----------------------------------------------------------------
 
 _NO = (None,)
-
-
-def _pointwise_rule(declared: Pointwise) -> Any:
-    known, products, call = declared.known, declared.products, declared.known.call
-
-    def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
-        out = call(*args, **kwargs)
-        operands = [args[p] if p < len(args) else None for p in known.tensor_args]
-        saved: list[Any] = []
-        plan: list[Any] = []
-        for i, operand in enumerate(operands):
-            product = products[i] if i < len(products) else None
-            if not needs[i] or product is None:
-                plan.append(None)
-                continue
-            places = []
-            for item in product.collect(out, operands, args, kwargs):
-                at = next((j for j, s in enumerate(saved) if s is item), len(saved))
-                if at == len(saved):
-                    saved.append(item)
-                places.append(at)
-            plan.append((product.function, places, operand.shape, operand.dtype))
-        if all(entry is None for entry in plan):
-            return out, (), None
-        return out, (plan, *saved), _pointwise_pullback
-
-    return rule
+_ONE = (True,)
 
 
 def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
-    rule = _pointwise_rule(declared)
+    rule = pointwise_rule(declared)
     functions = [product and product.function for product in declared.products]
     only = [product and product.only for product in declared.products]
     positions = known.tensor_args
@@ -361,10 +302,10 @@ def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
                 if dtype is value.dtype and dtype.is_floating_point:
                     place = ((x.node, x.index),)
                     if wants == "none":
-                        node = Node(name, _unary_plain_pullback, (function,), _ONE, place, 1, _NO)
+                        node = Node(name, unary_plain_pullback, (function,), _ONE, place, 1, _NO)
                     else:
                         saved = (function, value if wants == "x" else out)
-                        node = Node(name, _unary_pullback, saved, _ONE, place)
+                        node = Node(name, unary_pullback, saved, _ONE, place)
                     return track_like(x, out, node)
         return handle(interpreter, op, args, kwargs)
 
@@ -399,12 +340,12 @@ def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
             return handle(interpreter, op, args, kwargs)
         saved = (
             functions[0] if x_at else None,
-            _saved(only[0], out, x_value, y_value) if x_at else None,
+            saved_for(only[0], out, x_value, y_value) if x_at else None,
             functions[1] if y_at else None,
-            _saved(only[1], out, x_value, y_value) if y_at else None,
+            saved_for(only[1], out, x_value, y_value) if y_at else None,
         )
         needs = (x_at is not None, y_at is not None)
-        return track_like(x, out, Node(name, _binary_pullback, saved, needs, (x_at, y_at)))
+        return track_like(x, out, Node(name, binary_pullback, saved, needs, (x_at, y_at)))
 
     fast = handle
     if positions == (0,) and only[0] in ("none", "out", "x"):
@@ -415,51 +356,8 @@ def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
     return fast
 
 
-class _Nothing:
-    """Marks a product that needs nothing saved."""
-
-
-def _saved(wish: Any, out: Any, x: Any, y: Any) -> Any:
-    if wish == "none":
-        return _Nothing
-    if wish == "x":
-        return x
-    if wish == "y":
-        return y
-    return out if wish == "out" else wish[0]
-
-
-def _binary_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    """Two real operands of the output's shape and dtype, at most one residual for each."""
-    function, saved, other, other_saved = residuals
-    x_ct = y_ct = None
-    if function is not None:
-        x_ct = function(ct) if saved is _Nothing else function(ct, saved)
-    if other is not None:
-        y_ct = other(ct) if other_saved is _Nothing else other(ct, other_saved)
-    return x_ct, y_ct
-
-
-_ONE = (True,)
-
-
-def _linear_rule(declared: Linear) -> Any:
-    known, transpose = declared.known, declared.transpose
-    count = len(known.tensor_args)
-
-    def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
-        out = known.call(*args, **kwargs)
-        x = args[0]
-        if not needs[0]:
-            return out, (), None
-        saved = transpose.collect(out, [x], args, kwargs)
-        return out, (transpose.function, count, x.dtype, *saved), _linear_pullback
-
-    return rule
-
-
 def _linear_handler(known: OpFacts, declared: Linear) -> Any:
-    general = _rule_handler(known, _linear_rule(declared))
+    general = _rule_handler(known, linear_rule(declared))
     if len(known.tensor_args) != 1 or known.list_args or known.tensor_kwargs:
         return general
     call, name, is_view, may_be_view = known.call, known.name, known.is_view, known.may_be_view
@@ -482,48 +380,10 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
         operands = (value,)
         saved = [getter(out, operands, args, kwargs) for getter in getters]
         residuals = (function, 1, value.dtype, *saved)
-        node = Node(name, _linear_pullback, residuals, _ONE, ((x.node, x.index),))
+        node = Node(name, linear_pullback, residuals, _ONE, ((x.node, x.index),))
         wrapped = track(interpreter, out, node)
         if is_view or (may_be_view and shares_memory(out, value)):
             wrapped.recipe = ViewRecipe(x, op, args[1:], kwargs, None)
         return wrapped
 
     return handle
-
-
-def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    function, count, dtype, *saved = residuals
-    x_ct = None if ct is None else _real_part_for(function(ct, *saved), dtype)
-    return (x_ct, *[None] * (count - 1))
-
-
-def _multilinear_rule(declared: Multilinear) -> Any:
-    known, transposes = declared.known, declared.transposes
-
-    def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
-        out = known.call(*args, **kwargs)
-        operands = [args[p] for p in known.tensor_args]
-        plan = []
-        saved: list[Any] = []
-        for i, transpose in enumerate(transposes):
-            if not needs[i]:
-                plan.append(None)
-                continue
-            found = transpose.collect(out, operands, args, kwargs)
-            plan.append((transpose.function, len(saved), len(found), operands[i].dtype))
-            saved.extend(found)
-        return out, (plan, *saved), _multilinear_pullback
-
-    return rule
-
-
-def _multilinear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
-    plan, *saved = residuals
-    if ct is None:
-        return [None] * len(plan)
-    return [
-        None
-        if entry is None
-        else _real_part_for(entry[0](ct, *saved[entry[1] : entry[1] + entry[2]]), entry[3])
-        for entry in plan
-    ]

@@ -27,7 +27,7 @@ class TrackedTensor(LevelTensor):
     __slots__ = ("index", "logical", "node", "strides")
 
     node: Node | None
-    index: int
+    index: int  # type: ignore[assignment] - Tensor has a method of that name
     logical: Any
     strides: Any
 
@@ -64,7 +64,7 @@ def track(interpreter: Any, value: Any, node: Node | None, index: int = 0) -> Tr
     out.index = index
     out.logical = size
     out.strides = stride
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def track_like(x: TrackedTensor, value: Any, node: Node) -> TrackedTensor:
@@ -88,7 +88,7 @@ def track_like(x: TrackedTensor, value: Any, node: Node) -> TrackedTensor:
     out.index = 0
     out.logical = size
     out.strides = None
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def dual(interpreter: Any, value: Any, tangent: Any) -> DualTensor:
@@ -102,7 +102,7 @@ def dual(interpreter: Any, value: Any, tangent: Any) -> DualTensor:
     out.tangent = tangent
     out.logical = size
     out.strides = stride
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def dual_like(x: DualTensor, value: Any, tangent: Any) -> DualTensor:
@@ -121,4 +121,4 @@ def dual_like(x: DualTensor, value: Any, tangent: Any) -> DualTensor:
     out.tangent = tangent
     out.logical = size
     out.strides = None
-    return out  # type: ignore[no-any-return]
+    return out

@@ -234,7 +234,7 @@ def _batch_size(args: Any, leaves: list[Any], dims: list[int | None], in_dims: A
                     "to fix: map over dims of one size, or pass None in in_dims for the others",
                 )
             )
-    return sizes[0]  # type: ignore[no-any-return]
+    return sizes[0]
 
 
 def _count(leaves: list[Any]) -> str:
@@ -256,7 +256,7 @@ def _in_chunks(
     """Run chunk after chunk and concatenate; under "same" each chunk sees the same random state."""
     state = torch.get_rng_state() if randomness == "same" else None
     outs: list[list[Any]] = []
-    out_spec = None
+    out_spec: Any = None
     for start in range(0, size, chunk_size):
         if state is not None:
             torch.set_rng_state(state)

@@ -65,7 +65,7 @@ def wrap(interpreter: Any, value: Any, bdim: int | None) -> BatchedTensor:
     out.bdim = bdim
     out.logical = size
     out.strides = stride
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def wrap_like(x: Any, value: Any) -> Any:

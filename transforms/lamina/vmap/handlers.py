@@ -324,7 +324,9 @@ def _check(interpreter: Any, rule: Rule, out: Any, out_dims: Any) -> None:
     dims = out_dims if isinstance(out_dims, (tuple, list)) else [out_dims] * len(outs)
     if len(outs) != len(dims):
         raise interpreter.error(
-            RuleError, f"{rule.owner} gave {len(outs)} outputs and {len(dims)} out_dims"
+            RuleError,
+            f"a wrong answer of the batching rule {rule.owner}",
+            f"{len(outs)} outputs and {len(dims)} out_dims",
         )
     for value, bdim in zip(outs, dims, strict=True):
         if isinstance(value, (tuple, list)):
@@ -334,8 +336,9 @@ def _check(interpreter: Any, rule: Rule, out: Any, out_dims: Any) -> None:
             if size != interpreter.batch_size:
                 raise interpreter.error(
                     RuleError,
-                    f"{rule.owner} gave an output of shape {list(value.shape)} with batch dim "
-                    f"{bdim}; the batch size is {interpreter.batch_size}",
+                    f"a wrong answer of the batching rule {rule.owner}",
+                    f"output of shape {list(value.shape)} with batch dim {bdim}, "
+                    f"but the batch size is {interpreter.batch_size}",
                 )
 
 
