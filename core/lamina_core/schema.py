@@ -108,9 +108,7 @@ class OpFacts:
         self.tensor_kwargs = tuple(keywords)
         self.mutated: tuple[int | str, ...] = tuple(mutated)
         self.may_be_view = schema.name in _MAY_BE_VIEWS
-        self.is_view = (
-            bool(op.is_view) and schema.name not in _NOT_VIEWS and not self.may_be_view
-        )
+        self.is_view = bool(op.is_view) and schema.name not in _NOT_VIEWS and not self.may_be_view
         self.is_pointwise = torch.Tag.pointwise in op.tags or schema.name in _ALSO_POINTWISE
         self.is_random = (
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM
@@ -164,7 +162,7 @@ def _find_functional(known: OpFacts) -> Any:
         if base.startswith("__i"):  # `__iand__` writes what `__and__` computes
             names.append("__" + base.removeprefix("__i"))
     outs = set(known.mutated) if known.is_out_variant() else set()
-    wanted = [(a.name, str(a.type)) for a in known.op._schema.arguments if a.name not in outs]
+    wanted = _signature(a for a in known.op._schema.arguments if a.name not in outs)
     for name in names:
         packet = getattr(packets, name, None)
         if packet is None:
@@ -174,9 +172,15 @@ def _find_functional(known: OpFacts) -> Any:
             schema = candidate._schema
             if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
                 continue
-            if [(a.name, str(a.type)) for a in schema.arguments] == wanted:
+            if _signature(schema.arguments) == wanted:
                 return candidate
     return None
+
+
+def _signature(arguments: Any) -> list[tuple[str, str]]:
+    """Names and types; the first operand is called `self` here and `input` there."""
+    pairs = [(argument.name, str(argument.type)) for argument in arguments]
+    return [("self" if name == "input" else name, kind) for name, kind in pairs]
 
 
 _FACTS: dict[int, OpFacts] = {}

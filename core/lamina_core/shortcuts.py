@@ -29,8 +29,8 @@ _push = torch._C._push_on_torch_dispatch_stack
 
 def _unary(op: Any, usual: Any) -> Any:
     def method(self: Any) -> Any:
-        mode = _thread.mode
-        interpreter = self.interpreter
+        mode: Any = _thread.mode
+        interpreter: Any = self.interpreter
         length = _stack_length()
         if length < mode.depth:
             # Rule code: an op goes to the interpreter of its operand (the second route).
@@ -52,8 +52,8 @@ def _unary(op: Any, usual: Any) -> Any:
 
 def _binary(op: Any, usual: Any) -> Any:
     def method(self: Any, other: Any) -> Any:
-        mode = _thread.mode
-        interpreter = self.interpreter
+        mode: Any = _thread.mode
+        interpreter: Any = self.interpreter
         length = _stack_length()
         kind = type(other)
         if length < mode.depth:

@@ -35,6 +35,7 @@ _see_lazy = torch._C._dispatch_tls_set_dispatch_key_excluded
 _CONJUGATE = torch._C.DispatchKey.Conjugate
 _NEGATIVE = torch._C.DispatchKey.Negative
 _default_dtype = torch.get_default_dtype
+_is_alias_of: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 class LevelTensor(torch.Tensor):
@@ -64,7 +65,7 @@ class LevelTensor(torch.Tensor):
     classes: ClassVar[set[type]] = set()
 
     # The ops of a wrapper are seen below, in `__torch_dispatch__`; nothing happens at this door.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Remember every wrapper class, so that `type(x) in classes` tells wrappers apart."""
@@ -72,7 +73,8 @@ class LevelTensor(torch.Tensor):
         LevelTensor.classes.add(cls)
 
     @classmethod
-    def __torch_dispatch__(  # the second route: see `lamina_core.dispatch`
+    # The second route: see `lamina_core.dispatch`.
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -124,7 +126,7 @@ class LevelTensor(torch.Tensor):
         """The fields that the repr shows before the summary of the logical tensor."""
         return f"level={self.interpreter.level}"
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Show the class, the level and the logical tensor; the value follows after an arrow."""
         dead = "" if self.interpreter.alive else ", dead"
         return f"{type(self).__name__}({self.describe()}{dead}, {tensor_summary(self)})"
@@ -193,4 +195,4 @@ def plain_of(value: Any) -> Any:
 
 def shares_memory(first: Any, second: Any) -> bool:
     """Whether two values lie in the same memory at level 0."""
-    return bool(torch._C._is_alias_of(plain_of(first), plain_of(second)))
+    return bool(_is_alias_of(plain_of(first), plain_of(second)))

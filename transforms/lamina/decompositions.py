@@ -1,7 +1,8 @@
-"""Fused inference kernels as the ops they stand for; every transform may use these.
+"""Fused kernels as the ops they stand for; every transform may use these.
 
-PyTorch picks such a kernel when a module runs in eval mode and no tensor requires grad, which is
-how the tensors of a transform look. It has neither a derivative nor a batched form of its own.
+PyTorch picks an inference kernel when a module runs in eval mode and no tensor requires grad, which
+is how the tensors of a transform look. It has neither a derivative nor a batched form of its own.
+The chunked loss is told to compute the gradients of the tensors that require grad, so of none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 def decomposition_of(op: Any) -> Callable[..., Any] | None:
     """The function that does what a fused op does, in ordinary ops; None if there is none."""
-    return _TABLE.get(op)
+    return _TABLE.get(op) or _BY_NAME.get(op.name())
 
 
 def _heads(x: Any, num_heads: int) -> Any:
@@ -122,7 +123,53 @@ def transformer_encoder_layer(
     return second_norm(x + feed_forward(x))
 
 
-_TABLE = {
+_TABLE: dict[Any, Callable[..., Any]] = {
     aten._native_multi_head_attention.default: native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
+}
+
+
+def chunked_cross_entropy(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    linear_bias: Any,
+    weight: Any,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    *how: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """The loss of `F.linear_cross_entropy`, and in place of its gradients nothing."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    loss = F.cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    nothing = loss.detach().new_empty(0)
+    return loss, nothing, nothing, nothing
+
+
+def chunked_cross_entropy_each(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    linear_bias: Any,
+    weight: Any,
+    ignore_index: int,
+    *how: Any,
+) -> Any:
+    """[N, D], [C, D], [N] -> [N]"""
+    logits = F.linear(input, linear_weight, linear_bias)
+    return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none")
+
+
+# Registered from Python when they are first used.
+_BY_NAME = {
+    "torch_nn::_linear_cross_entropy_batch_chunked": chunked_cross_entropy,
+    "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction": chunked_cross_entropy_each,
 }

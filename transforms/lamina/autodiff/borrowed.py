@@ -24,18 +24,32 @@ __all__ = ["borrowed_jvp", "borrowed_vjp"]
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-# C++ picks this op where it sees no tensor that requires grad, which no wrapper does.
-_TRAINED = {aten._embedding_bag_forward_only.default: aten._embedding_bag.default}
 
-# Forward formulas that are not to be trusted: those of determinants read an LU factorisation as a
-# constant (wrong at second order), the other gives zero where it has none.
-_NO_FORWARD = frozenset(
-    (
-        aten._linalg_det.default,
-        aten._linalg_slogdet.default,
-        aten.scatter_reduce.two,
-    )
-)
+def _rrelu(
+    x: Any,
+    noise: Any,
+    lower: float = 0.125,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Any:
+    """[*S] -> ([*S], [*S]); PyTorch's own formula reads the noise from before the draw."""
+    op = aten.rrelu_with_noise_functional.default
+    out, drawn = op(x.detach(), noise, lower, upper, training, generator)
+    slope = drawn if training else torch.where(x > 0, 1.0, (lower + upper) / 2)
+    return x * slope, drawn
+
+
+# What is run in place of an op. C++ picks the first where it sees no tensor that requires grad,
+# which no wrapper does.
+_INSTEAD: dict[Any, Any] = {
+    aten._embedding_bag_forward_only.default: aten._embedding_bag.default,
+    aten.rrelu_with_noise_functional.default: _rrelu,
+}
+
+# Forward formulas that are not to be trusted: they read an LU factorisation as a constant, which is
+# wrong at second order.
+_NO_FORWARD = frozenset((aten._linalg_det.default, aten._linalg_slogdet.default))
 
 
 def _wrap_operands(home: Home, known: OpFacts, needs: Any, args: Any, kwargs: Any) -> Any:
@@ -76,15 +90,44 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
     """Run an op with PyTorch's formula recorded: `(out, residuals, pullback)` as a rule gives."""
     home = Home(interpreter)
     boxed, inner, leaves = _wrap_operands(home, known, needs, args, kwargs)
-    op = _TRAINED.get(known.op, known.op)
+    op = _INSTEAD.get(known.op, known.op)
     with home.open(), torch.enable_grad(), without_hooks():
         out = op(*boxed, **inner)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
-    recorded = [o for o in outs if isinstance(o, Tensor) and o.requires_grad]
     values = map_tensors(unbox, out)
-    if not recorded:
+    if not any(isinstance(o, Tensor) and o.requires_grad for o in outs):
+        wanted = any(leaf is not None for leaf in leaves)
+        if wanted and any(_is_differentiable(o) for o in outs) and not _is_known(known.op):
+            return values, (known.name, interpreter.where()), _missing_pullback
         return values, (), None
     return values, (home, known.name, outs, leaves), _borrowed_pullback
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _is_known(op: Any) -> bool:
+    """Whether PyTorch's autograd knows the op; then a result without a graph is constant."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has_kernel(op.name(), key) for key in _AUTOGRAD_KEYS)
+
+
+_AUTOGRAD_KEYS = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
+
+
+def _missing_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
+    """An op that nobody has said anything about is not taken for a constant."""
+    name, where = residuals
+    if all(ct is None for ct in cts):
+        return [None] * len(needs)
+    raise NotDifferentiableError(
+        message(
+            f"{name} has no derivative: no autograd formula was registered for it",
+            where,
+            "to fix: register one (torch.library.register_autograd), or detach its input",
+        )
+    )
 
 
 def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
@@ -111,7 +154,7 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
                 allow_unused=True,
             )
     except RuntimeError as error:
-        if "derivative for" not in str(error) and "not implemented" not in str(error):
+        if not any(words in str(error) for words in _NO_FORMULA):
             raise
         raise NotDifferentiableError(
             message(
@@ -121,6 +164,10 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
         ) from error
     found = iter(grads)
     return [None if leaf is None else _value_or_none(next(found)) for leaf in leaves]
+
+
+# How PyTorch says that it has no formula.
+_NO_FORMULA = ("derivative for", "not implemented", "no autograd formula")
 
 
 def _is_followed(leaves: list[Any]) -> bool:
@@ -138,7 +185,7 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
     forward_ad = torch.autograd.forward_ad
     if forward_ad._current_level >= 0:
         return None  # PyTorch has one level of forward mode, and it is taken
-    if known.op in _NO_FORWARD or known.op in _TRAINED:
+    if known.op in _NO_FORWARD or known.op in _INSTEAD:
         return None
     home = Home(interpreter)
     needs = [tangent is not None for tangent in tangents]
@@ -161,11 +208,19 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
                 *[map_tensors(swap, arg) for arg in boxed],
                 **{key: map_tensors(swap, value) for key, value in inner.items()},
             )
-            return _unpack(out)
+            found = _unpack(out)
     except (NotImplementedError, RuntimeError):
         # No formula, or one that writes to its own results, which fails on duals of wrappers. An
         # error that is the caller's comes up again when the two pullbacks run the op.
         return None
+    # Some ops drop a tangent they have no formula for, so no tangent at all says nothing.
+    return None if _is_zero(found[1]) else found
+
+
+def _is_zero(tangent: Any) -> bool:
+    if isinstance(tangent, (tuple, list)):
+        return all(_is_zero(item) for item in tangent)
+    return tangent is None
 
 
 def _unpack(out: Any) -> Any:

@@ -73,7 +73,7 @@ def pointwise_rule(declared: Pointwise) -> Any:
 
     def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
         out = call(*args, **kwargs)
-        operands = [args[p] if p < len(args) else None for p in known.tensor_args]
+        operands: list[Any] = [args[p] if p < len(args) else None for p in known.tensor_args]
         saved: list[Any] = []
         plan: list[Any] = []
         for i, operand in enumerate(operands):

@@ -217,7 +217,7 @@ def _pointwise_rule(declared: Pointwise) -> Any:
 def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
     """As in reverse mode, with a way past the general machinery for the usual cases."""
     general = _rule_handler(known, _pointwise_rule(declared))
-    functions = [product and product.function for product in declared.products]
+    functions: list[Any] = [product and product.function for product in declared.products]
     only = [product and product.only for product in declared.products]
     call = known.call
 
@@ -347,13 +347,15 @@ def _by_two_vjps(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
         return out, None
     single = isinstance(out, Tensor)
     outs = [out] if single else list(out)
+    # Made before the level is entered, which would take them for its own.
+    zeros = [
+        torch.zeros_like(o)
+        if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
+        else None
+        for o in outs
+    ]
     with run_at(interpreter.below), ReverseInterpreter("jvp by two vjps") as inner:
-        cts = [
-            inner.leaf(torch.zeros_like(o))
-            if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
-            else None
-            for o in outs
-        ]
+        cts = [None if zero is None else inner.leaf(zero) for zero in zeros]
         with mode_off():  # a pullback is rule code, although the level has just been entered
             pulled = pullback(residuals, needs, *cts)
     positions, seeds = [], []

@@ -26,16 +26,18 @@ class LeafTensor(torch.Tensor):
     value: Any
     home: Home
 
-    __torch_function__ = _C._disabled_torch_function_impl
+    __torch_function__ = _C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Lower one op of the formula to the values."""
         kwargs = kwargs or {}
         home = find_home(args, kwargs)
         return home.lower(func, args, kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name the value; only seen while debugging a formula."""
         return f"LeafTensor({self.value!r})"
 

@@ -246,12 +246,11 @@ def record(interpreter: Any, known: OpFacts, rule: Any, cut: Split, positions: A
     if isinstance(out, Tensor):
         if pullback is None or not (out.is_floating_point() or out.is_complex()):
             return track(interpreter, out, None)
-        node = Node(known.name, pullback, residuals, needs, positions)
-        return track(interpreter, out, node)
+        return track(interpreter, out, Node(known.name, pullback, residuals, needs, positions))
     if not isinstance(out, (list, tuple)):
         return out  # a number or a bool, such as `equal` gives
     outs = list(out)
-    node: Any = None
+    node = None
     if pullback is not None:
         node = Node(known.name, pullback, residuals, needs, positions, len(outs))
     wrapped = [

@@ -68,7 +68,7 @@ class Node:
         self.pullback = pullback
         if _saved.active:
             residuals = _saved.pack(residuals)
-            if type(residuals) is _saved.Packed:
+            if isinstance(residuals, _saved.Packed):
                 versions = ()
         self.residuals: Any = residuals
         self.needs = needs

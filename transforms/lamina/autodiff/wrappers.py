@@ -27,7 +27,7 @@ class TrackedTensor(LevelTensor):
     __slots__ = ("index", "logical", "node", "strides")
 
     node: Node | None
-    index: int  # type: ignore[assignment] - Tensor has a method of that name
+    index: int  # type: ignore[assignment]
     logical: Any
     strides: Any
 

@@ -72,7 +72,12 @@ def _decomposition(op: Any) -> Any:
 
 
 def _is_plain_pointwise(known: OpFacts) -> bool:
-    return bool(known.tensor_args) and not known.list_args and not known.tensor_kwargs
+    return (
+        bool(known.tensor_args)
+        and not known.list_args
+        and not known.tensor_kwargs
+        and known.returns == ("tensor",)
+    )
 
 
 def resolve(op: Any) -> Handler:

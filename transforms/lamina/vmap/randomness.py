@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lamina.vmap.dims import ensure_batched
+from lamina.vmap.dims import ensure_batched, logical_shape, pad_rank
 from lamina_core.dispatch import lower
 from lamina_core.errors import RandomnessError
 from lamina_core.schema import OpFacts
@@ -115,34 +115,95 @@ def _pad_all(args: list[Any], values: list[Any], dims: tuple[Any, ...]) -> list[
     return out
 
 
+# Ops that look at the shape, dtype and device of their first operand, and not at its values.
+_SHAPE_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        "cauchy",
+        "exponential",
+        "geometric",
+        "log_normal",
+        "normal_functional",
+        "rand_like",
+        "randint_like",
+        "randn_like",
+        "random",
+        "uniform",
+    )
+)
+
+
 def _same_for_all(
     interpreter: Any, known: OpFacts, values: list[Any], dims: tuple[Any, ...], kwargs: Any
 ) -> tuple[Any, Any]:
-    """One draw for a batched operand: only possible where the draw does not look at its values."""
+    """One draw for batched operands: of what does not depend on their values."""
     name = known.op._schema.name
-    if name in ("aten::rand_like", "aten::randn_like", "aten::randint_like"):
-        example = values[0].select(dims[0], 0) if interpreter.batch_size else None
-        if example is None:
-            shape = list(values[0].shape)
-            del shape[dims[0]]
-            example = values[0].new_zeros(shape)
-        return lower(interpreter, known.op, (example, *values[1:]), kwargs), None
-    if known.op is aten.bernoulli.default:
-        p = ensure_batched(values[0], dims[0], interpreter.batch_size)
-        draw = lower(interpreter, aten.rand.default, (list(p.shape[1:]),), {"device": p.device})
-        return (draw < p).to(p.dtype), 0
+    size = interpreter.batch_size
+
+    def draw(op: Any, *args: Any, **kwargs: Any) -> Any:
+        return lower(interpreter, op, args, kwargs)
+
+    if name in _SHAPE_ONLY or known.op is aten.bernoulli.p:
+        return lower(interpreter, known.op, (_example(values[0], dims[0]), *values[1:]), kwargs), None
+    if known.op in (aten.bernoulli.default, aten.bernoulli.Tensor):
+        last = len(values) - 1 if known.op is aten.bernoulli.Tensor else 0
+        p, shape = values[last], _example(values[0], dims[0])
+        uniform = draw(aten.rand_like.default, shape.to(p.dtype))
+        p = pad_rank(p, dims[last], uniform.dim())
+        return (uniform < p).to(values[0].dtype), None if dims[last] is None else 0
     if name == "aten::native_dropout":
         x, p, _ = values
-        shape = [s for i, s in enumerate(x.shape) if i != dims[0]]
-        ones = x.new_ones(shape)
-        scaled, mask = lower(interpreter, aten.native_dropout.default, (ones, p, True), {})
-        x = ensure_batched(x, dims[0], interpreter.batch_size)
+        scaled, mask = draw(aten.native_dropout.default, _example(x, dims[0]) + 1, p, True)
+        x = ensure_batched(x, dims[0], size)
         return (x * scaled, mask), (0, None)
+    if known.op in _NORMAL:
+        return _normal(draw, values, dims, kwargs), 0
+    if name == "aten::multinomial":
+        return _multinomial(draw, ensure_batched(values[0], dims[0], size), *values[1:]), 0
     raise interpreter.error(
         RandomnessError,
         f'{known.name} draws from batched parameters, and randomness="same" asks for one draw',
         'to fix: use randomness="different"',
     )
+
+
+_NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
+
+
+def _example(x: Any, x_bdim: int | None) -> Any:
+    """Zeros of the shape, dtype and device of one example."""
+    return x.new_zeros(logical_shape(x, x_bdim))
+
+
+def _normal(draw: Any, values: list[Any], dims: tuple[Any, ...], kwargs: Any) -> Any:
+    """mean + std z with one z of the shape that both have together."""
+    mean, std = values[0], values[1] if len(values) > 1 else kwargs.get("std", 1.0)
+    dims = (*dims, None)
+    both = list(zip((mean, std), dims[:2], strict=True))
+    tensors = [(v, d) for v, d in both if isinstance(v, torch.Tensor)]
+    shape = torch.broadcast_shapes(*[logical_shape(v, d) for v, d in tensors])
+    first = tensors[0][0]
+    z = draw(aten.randn.default, list(shape), dtype=first.dtype, device=first.device)
+    mean, std = (
+        pad_rank(v, d, z.dim()) if isinstance(v, torch.Tensor) else v for v, d in both
+    )
+    return mean + std * z
+
+
+def _multinomial(draw: Any, p: Any, count: int, replacement: bool = False, **_: Any) -> Any:
+    """[B, *, n] -> [B, *, count]: equal rows of weights give equal draws.
+
+    With replacement by the inverse of the distribution function, at one uniform number per draw;
+    without by a race, in which category k needs an exponential time of rate p[k].
+    """
+    if replacement:
+        level = draw(aten.rand.default, [*p.shape[1:-1], count], dtype=p.dtype, device=p.device)
+        reached = p.cumsum(-1) / p.sum(-1, keepdim=True)
+        # Rounding must not leave a number above the last level, nor give it to a weight of 0.
+        reached = reached / reached[..., -1:]
+        return torch.searchsorted(reached, level.expand(*p.shape[:-1], count), right=True)
+    times = draw(aten.exponential.default, p.new_empty(p.shape[1:]))
+    return (p / times).topk(count, -1).indices
 
 
 def _one_by_one(

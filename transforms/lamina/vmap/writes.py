@@ -73,7 +73,8 @@ def in_place_handler(known: OpFacts) -> Any:
 
 def _random_write(interpreter: Any, known: OpFacts, op: Any, args: Any, kwargs: Any) -> Any:
     """`x.normal_()` and the like: each example draws its own numbers, so `x` becomes batched."""
-    target = args[0]
+    first = known.mutated[0]
+    target = args[first] if isinstance(first, int) else kwargs[first]
     if not interpreter.is_own(target):
         if interpreter.randomness == "different":
             raise captured_error(interpreter, known.name, target)

@@ -191,3 +191,26 @@ def glu_jvp(tangents, x, dim=-1):
     value_t, gate_t = tangents[0].chunk(2, dim)
     gate = gate.sigmoid()
     return value * gate, gate * (value_t + value * (1 - gate) * gate_t)
+
+
+@vjp_rule(aten.glu_backward.default)
+def glu_backward_vjp(needs, ct, x, dim):
+    """[.., n, ..], [.., 2n, ..] -> [.., 2n, ..]"""
+    return aten.glu_backward.default(ct, x, dim), (ct, x, dim), _glu_backward_pullback
+
+
+def _glu_backward_pullback(residuals, needs, out_ct):
+    ct, x, dim = residuals
+    if out_ct is None:
+        return None, None
+    value, gate = x.chunk(2, dim)
+    gate = gate.sigmoid()
+    slope = gate * (1 - gate)
+    value_ct, gate_ct = out_ct.chunk(2, dim)
+    ct_ct = x_ct = None
+    if needs[0]:
+        ct_ct = value_ct * gate + gate_ct * value * slope
+    if needs[1]:
+        by_gate = ct * slope * (value_ct + gate_ct * value * (1 - 2 * gate))
+        x_ct = torch.cat([gate_ct * ct * slope, by_gate], dim)
+    return ct_ct, x_ct

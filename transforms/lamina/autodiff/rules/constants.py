@@ -23,7 +23,7 @@ INTEGERS = """
 """
 POSITIONS = "argmax argmin argsort"
 ROUNDINGS = """
-    ceil fix floor floor_divide heaviside nextafter round sign trunc
+    ceil fix floor floor_divide heaviside round sign trunc
 """
 FACTORIES = """
     _local_scalar_dense detach empty_like full_like item new_empty new_empty_strided new_full
