@@ -10,12 +10,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _PYTHON_VALUE = "the result is a Python value, and examples have different ones"
+_OWN_SHAPES = "the shape of the result depends on values, and examples have different ones"
+_POSITIONS = "mapped positions or counts give each example pieces of its own sizes"
+_NEW_SHAPE = "a write through the batch cannot change the shape of an example"
+_CHECKED = "checks `if var < 0` in Python, which a mapped variance cannot answer"
 
-_ONE_STATISTIC = "one running statistic cannot take the updates of several examples"
+_NO_SECOND = "no rule yet, and PyTorch has no formula for forward mode or the pullback"
+
+_WRONG_REFERENCE = "PyTorch's own gradient disagrees with central differences, and ours does not"
 
 EXPECTED: dict[tuple[str, str, str], str] = {
+    ("_segment_reduce", "lengths", "jvp"): _NO_SECOND,
+    ("_segment_reduce", "offsets", "jvp"): _NO_SECOND,
+    ("argwhere", "", "vmap"): _OWN_SHAPES,
+    ("as_strided_scatter", "", "jvp"): _WRONG_REFERENCE,
+    ("as_strided_scatter", "", "vjp"): _WRONG_REFERENCE,
+    ("as_strided_scatter", "", "vmap_vjp"): _WRONG_REFERENCE,
+    ("bincount", "", "vmap"): _OWN_SHAPES,
+    ("cdist", "", "jvp"): _NO_SECOND,
     ("item", "", "vmap"): _PYTHON_VALUE,
-    ("nn.functional.batch_norm", "", "vmap"): _ONE_STATISTIC,
+    ("masked_select", "", "vmap"): _OWN_SHAPES,
+    ("nn.functional.ctc_loss", "", "jvp"): _NO_SECOND,
+    ("nn.functional.embedding_bag", "", "jvp"): _NO_SECOND,
+    ("nn.functional.gaussian_nll_loss", "", "vmap"): _CHECKED,
+    ("nn.functional.gaussian_nll_loss", "", "vmap_vjp"): _CHECKED,
+    ("nn.functional.multi_margin_loss", "", "jvp"): _NO_SECOND,
+    ("nn.functional.multilabel_margin_loss", "", "jvp"): _NO_SECOND,
+    ("nn.functional.pdist", "", "jvp"): _NO_SECOND,
+    ("nonzero", "", "vmap"): _OWN_SHAPES,
+    ("repeat_interleave", "", "vmap"): _POSITIONS,
+    ("resize_", "", "inplace"): _NEW_SHAPE,
+    ("resize_", "", "vmap"): _NEW_SHAPE,
+    ("tensor_split", "", "vmap"): _POSITIONS,
+    ("unique", "", "vmap"): _OWN_SHAPES,
+    ("unique_consecutive", "", "vmap"): _OWN_SHAPES,
 }
 
 

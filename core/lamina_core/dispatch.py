@@ -26,6 +26,7 @@ from lamina_core.wrapper import LevelTensor, highest_interpreter, strip_dead
 __all__ = [
     "call_one",
     "call_two",
+    "copied",
     "lower",
     "map_tensors",
     "native",
@@ -78,8 +79,23 @@ def native(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     outer = thread_mode().outer
     if outer is not None and (facts(op).mutated or any(needs_guard(tensor) for tensor in tensors)):
         with outer.guard():
-            return op(*args, **kwargs)
+            return copied(*args, **kwargs) if op is _COPY else op(*args, **kwargs)
     return op(*args, **kwargs)
+
+
+_COPY = torch.ops.aten.copy.default
+
+
+def copied(x: Any, src: Any, non_blocking: bool = False) -> Any:
+    """`aten.copy`: `src` in the shape, strides, dtype and device of `x`.
+
+    Writing in place ends in this op, and PyTorch has no formula for it. So where the user's own
+    autograd is to follow, it is run as ops that have one.
+    """
+    if not needs_guard(src):
+        return _COPY(x, src, non_blocking)
+    src = src.to(device=x.device, dtype=x.dtype, non_blocking=non_blocking).expand(x.shape)
+    return torch.slice_scatter(x, src) if x.dim() else src.clone()
 
 
 def _run_dead(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ _push = torch._C._push_on_torch_dispatch_stack
 def _unary(op: Any, usual: Any) -> Any:
     def method(self: Any) -> Any:
         mode: Any = _thread.mode
-        interpreter: Any = self.interpreter
+        interpreter = self.interpreter
         length = _stack_length()
         if length < mode.depth:
             # Rule code: an op goes to the interpreter of its operand (the second route).
@@ -53,7 +53,7 @@ def _unary(op: Any, usual: Any) -> Any:
 def _binary(op: Any, usual: Any) -> Any:
     def method(self: Any, other: Any) -> Any:
         mode: Any = _thread.mode
-        interpreter: Any = self.interpreter
+        interpreter = self.interpreter
         length = _stack_length()
         kind = type(other)
         if length < mode.depth:

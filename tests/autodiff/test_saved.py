@@ -163,21 +163,40 @@ def test_per_sample_gradients_of_checkpointed_modules(blocks):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_checkpoint_that_outlives_functional_call_is_an_error(blocks):
-    """The second run finds the module's own parameters: `functional_call` has put them back."""
+class Deep(torch.nn.Module):
+    """Runs its blocks, under a checkpoint or not."""
 
-    class Deep(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = blocks
+    def __init__(self, blocks, run):
+        super().__init__()
+        self.blocks, self.run = blocks, run
 
-        def forward(self, x):
-            return checkpoint(self.blocks, x, use_reentrant=False)
+    def forward(self, x):
+        return self.run(self.blocks, x)
 
-    model = Deep()
-    params = {name: param.detach() for name, param in model.named_parameters()}
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        grad(lambda params: functional_call(model, params, (X,)).sum())(params)
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_second_run_of_a_checkpoint_sees_the_tensors_of_functional_call(blocks, frozen):
+    """Although the module holds its own again by then: which are others, and may be frozen."""
+    blocks.requires_grad_(not frozen)
+    again = Deep(blocks, lambda f, x: checkpoint(f, x, use_reentrant=False))
+    plain = Deep(blocks, lambda f, x: f(x))
+    params = {name: 2 * param.detach() for name, param in plain.named_parameters()}
+
+    def gradients(model, params, x):
+        return grad(lambda p, x: functional_call(model, p, (x,)).square().sum(), (0, 1))(params, x)
+
+    close = torch.testing.assert_close
+    close(gradients(again, params, X), gradients(plain, params, X))
+    found, expected = (
+        vmap(lambda p, x, m=m: gradients(m, p, x), (None, 0))(params, XS) for m in (again, plain)
+    )
+    close(found, expected)
+    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
+    found, expected = (
+        torch.autograd.grad(functional_call(m, leaves, (X,)).sum(), list(leaves.values()))
+        for m in (again, plain)
+    )
+    close(found, expected)
 
 
 # ---------------------------------------------------------------------------------------------

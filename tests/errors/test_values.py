@@ -132,9 +132,9 @@ aten.native_dropout.default draws random numbers, and vmap was not told what tha
 
 def test_one_draw_from_parameters_that_differ():
     assert_expected_inline(
-        said(RandomnessError, lambda: vmap(lambda x: torch.normal(x, 1.0), randomness="same")(X)),
+        said(RandomnessError, lambda: vmap(torch.poisson, randomness="same")(X)),
         """\
-aten.normal.Tensor_float draws from batched parameters, and randomness="same" asks for one draw
+aten.poisson.default draws from batched parameters, and randomness="same" asks for one draw
   while interpreting at level 1: vmap(batch_size=2, randomness='same')
   to fix: use randomness="different\"""",
     )

@@ -163,7 +163,7 @@ def chunked_cross_entropy_each(
     ignore_index: int,
     *how: Any,
 ) -> Any:
-    """[N, D], [C, D], [N] -> [N]"""
+    """The losses of `F.linear_cross_entropy`, one per row: [N, D], [C, D], [N] -> [N]."""
     logits = F.linear(input, linear_weight, linear_bias)
     return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none")
 

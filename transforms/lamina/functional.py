@@ -6,11 +6,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.func import functional_call
+from torch.func import functional_call as _functional_call
 
+from lamina.autodiff.swapped import Swap, swapping
 from lamina_core.errors import StructureError, message
 
 __all__ = ["functional_call", "stack_module_state"]
+
+
+def functional_call(
+    module: torch.nn.Module,
+    parameter_and_buffer_dicts: dict[str, Any] | Sequence[dict[str, Any]],
+    args: Any = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    tie_weights: bool = True,
+    strict: bool = False,
+) -> Any:
+    """Call a module with the given tensors in place of its parameters and buffers.
+
+    Args:
+        module: The module to call; it holds its own tensors again when the call is over.
+        parameter_and_buffer_dicts: Tensors by name, in one dict or in several with other names.
+        args: The positional arguments; anything but a tuple is the only one.
+        kwargs: The keyword arguments.
+        tie_weights: Whether tensors that the module shares between names stay shared.
+        strict: Whether to raise for names that are missing or unknown.
+
+    Returns:
+        What the module returns. Parts of it under `torch.utils.checkpoint` see the given tensors
+        in their second run too.
+
+    Example:
+        >>> import torch
+        >>> from lamina import functional_call, grad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> loss = lambda params: functional_call(model, params, (x,)).sum()
+        >>> grad(loss)({"weight": torch.zeros(1, 2)})
+        {'weight': tensor([[1., 2.]])}
+    """
+    dicts = parameter_and_buffer_dicts
+    several = dicts if isinstance(dicts, (list, tuple)) else [dicts]
+    tensors = {k: v for d in several if isinstance(d, dict) for k, v in d.items()}
+    with swapping(Swap(module, tensors, tie_weights, strict)):
+        return _functional_call(module, dicts, args, kwargs, tie_weights=tie_weights, strict=strict)
 
 
 def stack_module_state(

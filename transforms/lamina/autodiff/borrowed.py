@@ -34,10 +34,11 @@ def _rrelu(
     generator: Any = None,
 ) -> Any:
     """[*S] -> ([*S], [*S]); PyTorch's own formula reads the noise from before the draw."""
+    if not training or x.numel() == 0:  # nothing is drawn, so vmap need not be told how
+        return x * torch.where(x > 0, 1.0, (lower + upper) / 2), noise.clone()
     op = aten.rrelu_with_noise_functional.default
-    out, drawn = op(x.detach(), noise, lower, upper, training, generator)
-    slope = drawn if training else torch.where(x > 0, 1.0, (lower + upper) / 2)
-    return x * slope, drawn
+    _, drawn = op(x.detach(), noise, lower, upper, training, generator)
+    return x * drawn, drawn
 
 
 # What is run in place of an op. C++ picks the first where it sees no tensor that requires grad,
@@ -95,10 +96,9 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
         out = op(*boxed, **inner)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
     values = map_tensors(unbox, out)
+    if not _is_known(known.op) and any(_is_differentiable(o) for o in outs):
+        return values, (known.name, interpreter.where()), _missing_pullback
     if not any(isinstance(o, Tensor) and o.requires_grad for o in outs):
-        wanted = any(leaf is not None for leaf in leaves)
-        if wanted and any(_is_differentiable(o) for o in outs) and not _is_known(known.op):
-            return values, (known.name, interpreter.where()), _missing_pullback
         return values, (), None
     return values, (home, known.name, outs, leaves), _borrowed_pullback
 
@@ -108,7 +108,7 @@ def _is_differentiable(value: Any) -> bool:
 
 
 def _is_known(op: Any) -> bool:
-    """Whether PyTorch's autograd knows the op; then a result without a graph is constant."""
+    """Whether PyTorch's autograd knows the op, if only as one whose result is constant."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return any(has_kernel(op.name(), key) for key in _AUTOGRAD_KEYS)
 

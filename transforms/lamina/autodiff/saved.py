@@ -8,8 +8,9 @@ are, so the gradients of the lower levels are those of the tensor that was saved
 
 Checkpointing runs its function again when the first residual is unpacked, and tells what was saved
 by counting. So the levels that were active when the checkpoint was entered come to life again for
-the second run, and a node is packed only while the innermost of them is the top of the stack: what
-a `grad` inside the checkpointed function saves is in neither count.
+the second run, modules get back the tensors that `functional_call` had put into them, and a node is
+packed only while the innermost of those levels is the top of the stack: what a `grad` inside the
+checkpointed function saves is in neither count.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
 from lamina.autodiff.leaf import LeafTensor
+from lamina.autodiff.swapped import in_place, present
 from lamina_core.interpreter import BELOW_AUTOGRAD, Interpreter, OuterState, run_at, thread_mode
 from lamina_core.wrapper import LevelTensor, make_wrapper
 
@@ -49,7 +51,7 @@ _thread = _Thread()
 class _Hooks:
     """A pair of hooks, and the levels that were active when it was entered."""
 
-    __slots__ = ("outer", "pack_hook", "recomputes", "top", "unpack_hook")
+    __slots__ = ("outer", "pack_hook", "recomputes", "swaps", "top", "unpack_hook")
 
     def __init__(self, pair: Any) -> None:
         mode = thread_mode()
@@ -58,6 +60,7 @@ class _Hooks:
         self.top: Interpreter | None = mode.top
         self.outer: OuterState | None = mode.outer
         self.recomputes = isinstance(pair, _RECOMPUTING)
+        self.swaps = present() if self.recomputes else ()
 
     def wants(self) -> bool:
         """Whether nodes that are made now are packed."""
@@ -71,7 +74,7 @@ class _Hooks:
     def unpack(self, packed: Any) -> Any:
         """Call the unpack hook, at the level where it may run the function again."""
         top = self.top if self.recomputes else None
-        with _alive(top, self.outer), run_at(top):
+        with _alive(top, self.outer), run_at(top), in_place(self.swaps):
             return self.unpack_hook(packed)
 
 
@@ -222,7 +225,7 @@ def _install() -> None:
     def __enter__(self: Any) -> None:
         global active
         hooks = _Hooks(self)
-        if hooks.recomputes and hooks.top is not None:
+        if hooks.recomputes and (hooks.top is not None or hooks.swaps):
             # The user's own autograd may be the first to ask for a tensor.
             self.unpack_hook = hooks.unpack
         enter(self)

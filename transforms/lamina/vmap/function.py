@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lamina.vmap.interpreter import VmapInterpreter
+from lamina_core.dispatch import map_tensors
 from lamina_core.errors import RuleError
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
 from lamina_core.interpreter import run_at
@@ -32,7 +33,7 @@ def _apply(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs
     dims = tuple([arg.bdim if interpreter.is_own(arg) else None for arg in args])
     if all(dim is None for dim in dims):
         applied = apply_custom(custom, values, needs)
-        outs = [interpreter.constant(o) if isinstance(o, Tensor) else o for o in applied.outs]
+        outs = [map_tensors(interpreter.constant, out) for out in applied.outs]
         return applied.lifted(args, outs)
     if isinstance(custom, UserFunction) and custom.vmap_rule is not None:
         return _by_rule(interpreter, custom, args, values, dims, needs)
@@ -106,7 +107,7 @@ def _answer(interpreter: Any, custom: Custom, out: Any, dim: Any) -> Any:
 def _box(interpreter: Any, value: Any, bdim: int) -> Any:
     """Wrap a result; the level is told if the user's own autograd wants to see ops on it."""
     if not isinstance(value, Tensor):
-        return value
+        return map_tensors(lambda tensor: _box(interpreter, tensor, bdim), value)
     out = interpreter.lift(value, bdim)
     out.is_input = False
     return out
@@ -160,8 +161,8 @@ class _Mapped(Custom):
 
     def _lowered(self, level: Any, value: Any) -> Any:
         """The value of an output or tangent, with the batch dim in front."""
-        if not isinstance(value, Tensor):
-            return value
+        if not isinstance(value, Tensor):  # PyTorch hands through what is in a list
+            return map_tensors(lambda tensor: self._lowered(level, tensor), value)
         if not level.is_own(value):
             return value.expand(self.size, *value.shape)
         bdim = value.bdim  # type: ignore[attr-defined]

@@ -144,22 +144,24 @@ def _same_for_all(
         return lower(interpreter, op, args, kwargs)
 
     if name in _SHAPE_ONLY or known.op is aten.bernoulli.p:
-        return lower(interpreter, known.op, (_example(values[0], dims[0]), *values[1:]), kwargs), None
+        return draw(known.op, _example(values[0], dims[0]), *values[1:], **kwargs), None
     if known.op in (aten.bernoulli.default, aten.bernoulli.Tensor):
         last = len(values) - 1 if known.op is aten.bernoulli.Tensor else 0
         p, shape = values[last], _example(values[0], dims[0])
-        uniform = draw(aten.rand_like.default, shape.to(p.dtype))
+        uniform = draw(aten.uniform.default, shape.to(p.dtype), **kwargs)
         p = pad_rank(p, dims[last], uniform.dim())
         return (uniform < p).to(values[0].dtype), None if dims[last] is None else 0
     if name == "aten::native_dropout":
         x, p, _ = values
-        scaled, mask = draw(aten.native_dropout.default, _example(x, dims[0]) + 1, p, True)
+        scaled, mask = draw(known.op, _example(x, dims[0]) + 1, p, True)
         x = ensure_batched(x, dims[0], size)
         return (x * scaled, mask), (0, None)
     if known.op in _NORMAL:
         return _normal(draw, values, dims, kwargs), 0
     if name == "aten::multinomial":
-        return _multinomial(draw, ensure_batched(values[0], dims[0], size), *values[1:]), 0
+        return _multinomial(
+            draw, ensure_batched(values[0], dims[0], size), *values[1:], **kwargs
+        ), 0
     raise interpreter.error(
         RandomnessError,
         f'{known.name} draws from batched parameters, and randomness="same" asks for one draw',
@@ -176,33 +178,30 @@ def _example(x: Any, x_bdim: int | None) -> Any:
 
 
 def _normal(draw: Any, values: list[Any], dims: tuple[Any, ...], kwargs: Any) -> Any:
-    """mean + std z with one z of the shape that both have together."""
-    mean, std = values[0], values[1] if len(values) > 1 else kwargs.get("std", 1.0)
-    dims = (*dims, None)
-    both = list(zip((mean, std), dims[:2], strict=True))
+    """One draw of standard normal numbers, scaled: mean + std z, with z of their shape."""
+    std = values[1] if len(values) > 1 else 1.0
+    both = list(zip((values[0], std), (*dims, None)[:2], strict=True))
     tensors = [(v, d) for v, d in both if isinstance(v, torch.Tensor)]
     shape = torch.broadcast_shapes(*[logical_shape(v, d) for v, d in tensors])
-    first = tensors[0][0]
-    z = draw(aten.randn.default, list(shape), dtype=first.dtype, device=first.device)
-    mean, std = (
-        pad_rank(v, d, z.dim()) if isinstance(v, torch.Tensor) else v for v, d in both
-    )
+    z = draw(aten.normal_functional.default, tensors[0][0].new_zeros(shape), **kwargs)
+    mean, std = (pad_rank(v, d, z.dim()) if isinstance(v, torch.Tensor) else v for v, d in both)
     return mean + std * z
 
 
-def _multinomial(draw: Any, p: Any, count: int, replacement: bool = False, **_: Any) -> Any:
+def _multinomial(draw: Any, p: Any, count: int, replacement: bool = False, **kwargs: Any) -> Any:
     """[B, *, n] -> [B, *, count]: equal rows of weights give equal draws.
 
     With replacement by the inverse of the distribution function, at one uniform number per draw;
     without by a race, in which category k needs an exponential time of rate p[k].
     """
     if replacement:
-        level = draw(aten.rand.default, [*p.shape[1:-1], count], dtype=p.dtype, device=p.device)
+        level = draw(aten.uniform.default, p.new_zeros([*p.shape[1:-1], count]), **kwargs)
         reached = p.cumsum(-1) / p.sum(-1, keepdim=True)
         # Rounding must not leave a number above the last level, nor give it to a weight of 0.
         reached = reached / reached[..., -1:]
-        return torch.searchsorted(reached, level.expand(*p.shape[:-1], count), right=True)
-    times = draw(aten.exponential.default, p.new_empty(p.shape[1:]))
+        level = level.expand(*p.shape[:-1], count).contiguous()
+        return torch.searchsorted(reached, level, right=True)
+    times = draw(aten.exponential.default, p.new_zeros(p.shape[1:]), **kwargs)
     return (p / times).topk(count, -1).indices
 
 

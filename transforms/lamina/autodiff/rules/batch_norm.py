@@ -33,7 +33,7 @@ def _over_channels(x: Any) -> tuple[list[int], list[int]]:
     return [1, -1] + [1] * (rank - 2), [0, *range(2, rank)]
 
 
-@vjp_rule(aten.native_batch_norm.default)
+@vjp_rule(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
 def native_batch_norm_rule(
     needs: Any,
     x: Any,
@@ -74,7 +74,7 @@ def _fixed(running_mean: Any, running_var: Any, mean: Any, rstd: Any, live: bool
     return (mean, rstd) if live else (running_mean, (running_var + eps).rsqrt())
 
 
-@jvp_rule(aten.native_batch_norm.default)
+@jvp_rule(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
 def native_batch_norm_jvp(
     tangents: Any,
     x: Any,

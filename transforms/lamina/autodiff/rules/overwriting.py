@@ -9,7 +9,7 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
 from lamina.autodiff.shapes import in_dtype
-from lamina_core.dispatch import needs_guard
+from lamina_core.dispatch import copied
 
 aten = torch.ops.aten
 where = torch.where
@@ -49,21 +49,10 @@ _register_region(aten.select_scatter.default, aten.select.int)
 _register_region(aten.slice_scatter.default, aten.slice.Tensor)
 
 
-def _copied(x, src, non_blocking=False):
-    """[*S], [broadcast to S] -> [*S], with the strides of x."""
-    if not needs_guard(src):
-        return aten.copy.default(x, src, non_blocking)
-    # The user's own autograd is to differentiate this, and PyTorch has no formula for copy.
-    src = src.to(device=x.device, dtype=x.dtype, non_blocking=non_blocking)
-    if x.dim() == 0:
-        return src.expand(()).clone()
-    return aten.slice_scatter.default(x, src.expand(x.shape))
-
-
 @vjp_rule(aten.copy.default)
 def copy_vjp(needs, x, src, non_blocking=False):
     """[*S], [broadcast to S] -> [*S]; x gives the shape, dtype and device only."""
-    out = _copied(x, src, non_blocking)
+    out = copied(x, src, non_blocking)
     if not needs[1]:
         return out, (), None
     return out, (src.shape, src.dtype, src.device), _copy_pullback
@@ -80,10 +69,10 @@ def _copy_pullback(residuals, needs, ct):
 @jvp_rule(aten.copy.default)
 def copy_jvp(tangents, x, src, non_blocking=False):
     """[*S], [broadcast to S] -> [*S]"""
-    out = _copied(x, src, non_blocking)
+    out = copied(x, src, non_blocking)
     if tangents[1] is None:
         return out, None
-    return out, _copied(x, tangents[1], non_blocking)
+    return out, copied(x, tangents[1], non_blocking)
 
 
 @vjp_rule(aten.fill.Tensor)

@@ -6,6 +6,7 @@ An index that differs between examples is joined by the numbers of the examples 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -129,7 +130,8 @@ def masked_select(info: Any, in_dims: Any, x: Any, mask: Any) -> Any:
         )
     shape = torch.broadcast_shapes(logical_shape(x, x_bdim), mask.shape)
     x = pad_rank(x, x_bdim, len(shape)).expand(-1, *shape)
-    return x.flatten(1)[:, mask.expand(shape).reshape(-1)], 0
+    x = x.reshape(info.batch_size, math.prod(shape))
+    return x[:, mask.expand(shape).reshape(-1)], 0
 
 
 @batching_rule(aten.narrow.Tensor)

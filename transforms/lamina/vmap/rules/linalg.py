@@ -136,7 +136,7 @@ def linalg_cross(info: Any, in_dims: Any, x: Any, y: Any, *, dim: int = -1) -> A
 def linalg_ldl_solve(
     info: Any, in_dims: Any, factors: Any, pivots: Any, b: Any, *, hermitian: bool = False
 ) -> Any:
-    """[B, *, n, n], [B, *, n], [B, *, n, m] -> [B, *, n, m]. The kernel does not broadcast pivots."""
+    """[B, *, n, n], [B, *, n], [B, *, n, m] -> [B, *, n, m]. The kernel broadcasts no pivots."""
     factors, pivots, b = _with_pivots(factors, pivots, b, in_dims)
     batch = torch.broadcast_shapes(factors.shape[:-2], pivots.shape[:-1], b.shape[:-2])
     pivots = pivots.expand(*batch, pivots.shape[-1]).contiguous()

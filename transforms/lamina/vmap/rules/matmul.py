@@ -19,7 +19,7 @@ from lamina.vmap.dims import (
     pad_rank,
     shifted,
 )
-from lamina.vmap.table import batching_rule
+from lamina.vmap.table import batching_rule, decomposition
 
 aten = torch.ops.aten
 
@@ -257,6 +257,14 @@ def matmul(info: Any, in_dims: Any, x: Any, y: Any) -> Any:
     return _product(info, x, in_dims[0], y, in_dims[1])
 
 
+@batching_rule(aten.bmm.dtype, aten.mm.dtype)
+def matmul_dtype(info: Any, in_dims: Any, x: Any, y: Any, out_dtype: Any) -> Any:
+    """[B, *, n, k], [B, *, k, m] -> [B, *, n, m], summed in a wider dtype."""
+    x, y = (ensure_batched(v, d, info.batch_size) for v, d in zip((x, y), in_dims[:2], strict=True))
+    out = aten.bmm.dtype(x.flatten(0, -3), y.flatten(0, -3), out_dtype)
+    return out.reshape(*x.shape[:-1], y.shape[-1]), 0
+
+
 @batching_rule(aten.linear.default)
 def linear(info: Any, in_dims: Any, x: Any, weight: Any, bias: Any = None) -> Any:
     """[B, *, i], [B, o, i], [B, o] -> [B, *, o]"""
@@ -298,6 +306,17 @@ def _linear_of_batches(
     else:
         out = torch.baddbmm(pad_rank(bias, b_bdim, 2), rows, weight)
     return (out.unflatten(1, x.shape[1:-1]) if x.dim() > 3 else out), 0
+
+
+@decomposition(aten.linear_backward.default)
+def linear_backward(x: Any, ct: Any, weight: Any, output_mask: Any) -> Any:
+    """Cotangents of x, weight and bias."""
+    rows, cts = x.reshape(-1, x.shape[-1]), ct.reshape(-1, ct.shape[-1])
+    return (
+        ct @ weight if output_mask[0] else None,
+        cts.t() @ rows if output_mask[1] else None,
+        cts.sum(0) if output_mask[2] else None,
+    )
 
 
 @batching_rule(aten.vdot.default)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import (
+    EmptyBatchError,
     batch_first,
     ensure_batched,
     fold,
@@ -152,6 +153,8 @@ def _batch_norm(
     """Normalise with given statistics or with those of the input, without writing to any."""
     size = info.batch_size
     x_bdim = in_dims[0]
+    if logical_rank(x, x_bdim) < 2:  # PyTorch takes an empty x without channels
+        raise EmptyBatchError
     rest = (training, momentum, eps)
     parameters = list(zip((weight, bias, mean, var), in_dims[1:5], strict=True))
     if all(d is None for _, d in parameters) and not training:
