@@ -67,7 +67,11 @@ def test_a_second_rule_is_refused_and_the_first_stays(table):
     assert table.lookup(aten.sum.default).function is rule
 
 
-@pytest.mark.parametrize("op", [torch.sum, aten.sum, "aten.sum.default", None], ids=str)
+@pytest.mark.parametrize(
+    "op",
+    [torch.sum, aten.sum, "aten.sum.default", None],
+    ids=["function", "packet", "name", "none"],
+)
 def test_only_overloads_have_rules(table, op):
     with pytest.raises(RuleError, match="registered for an OpOverload"):
         table.register(op, rule)

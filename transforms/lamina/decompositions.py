@@ -169,7 +169,7 @@ def chunked_cross_entropy_each(
 
 
 # Registered from Python when they are first used.
-_BY_NAME = {
+_BY_NAME: dict[str, Callable[..., Any]] = {
     "torch_nn::_linear_cross_entropy_batch_chunked": chunked_cross_entropy,
     "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction": chunked_cross_entropy_each,
 }

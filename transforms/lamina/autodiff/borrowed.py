@@ -159,6 +159,7 @@ def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
         raise NotDifferentiableError(
             message(
                 f"{name} has no derivative: {error}",
+                home.interpreter.where(),
                 "to fix: write the function with differentiable ops, or detach its input",
             )
         ) from error
@@ -213,8 +214,10 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
         # No formula, or one that writes to its own results, which fails on duals of wrappers. An
         # error that is the caller's comes up again when the two pullbacks run the op.
         return None
-    # Some ops drop a tangent they have no formula for, so no tangent at all says nothing.
-    return None if _is_zero(found[1]) else found
+    # Some ops drop a tangent they have no formula for, so no tangent at all says nothing. What has
+    # been drawn is kept: the two pullbacks would draw again.
+    doubtful = _is_zero(found[1]) and not (known.is_random and _is_known(known.op))
+    return None if doubtful else found
 
 
 def _is_zero(tangent: Any) -> bool:

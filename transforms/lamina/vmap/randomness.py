@@ -185,7 +185,7 @@ def _normal(draw: Any, values: list[Any], dims: tuple[Any, ...], kwargs: Any) ->
     shape = torch.broadcast_shapes(*[logical_shape(v, d) for v, d in tensors])
     z = draw(aten.normal_functional.default, tensors[0][0].new_zeros(shape), **kwargs)
     mean, std = (pad_rank(v, d, z.dim()) if isinstance(v, torch.Tensor) else v for v, d in both)
-    return mean + std * z
+    return (mean + std * z).detach()  # PyTorch gives `normal` a derivative of 0
 
 
 def _multinomial(draw: Any, p: Any, count: int, replacement: bool = False, **kwargs: Any) -> Any:
