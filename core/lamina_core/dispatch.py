@@ -21,7 +21,7 @@ import torch
 from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers their operators
 from lamina_core.interpreter import Interpreter, OuterState, thread_mode
 from lamina_core.schema import facts
-from lamina_core.wrapper import LevelTensor, highest_interpreter, strip_dead
+from lamina_core.wrapper import LevelTensor, highest_interpreter, shares_memory, strip_dead
 
 __all__ = [
     "call_one",
@@ -170,6 +170,8 @@ def pass_down(
             mode.top = interpreter
     known = facts(op)
     if known.is_view or known.mutated:
+        return out
+    if known.may_be_view and shares_memory(out, args[0]):
         return out
     taken = {id(tensor) for tensor in tensors_in(args, kwargs)}
     return map_tensors(

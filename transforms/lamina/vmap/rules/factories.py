@@ -22,7 +22,7 @@ def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **options: 
     ends = [torch.as_tensor(v, device=options.get("device")) for v in (start, end)]
     dtype = dtype or _dtype(*ends)
     exact = dtype.is_floating_point or dtype.is_complex
-    return _numbers(*ends, steps, dtype if exact else torch.float64).to(dtype)
+    return _numbers(ends[0], ends[1], steps, dtype if exact else torch.float64).to(dtype)
 
 
 @decomposition(
@@ -35,7 +35,8 @@ def logspace(
     ends = [torch.as_tensor(v, device=options.get("device")) for v in (start, end)]
     dtype = dtype or _dtype(*ends)
     exact = dtype.is_floating_point or dtype.is_complex
-    return (base ** _numbers(*ends, steps, dtype if exact else torch.float64)).to(dtype)
+    powers = _numbers(ends[0], ends[1], steps, dtype if exact else torch.float64)
+    return (base**powers).to(dtype)
 
 
 def _dtype(start: Any, end: Any) -> torch.dtype:
