@@ -152,7 +152,16 @@ def hessian(
     Example:
         >>> import torch
         >>> from lamina import hessian
-        >>> hessian(lambda x: x[0] * x[1] ** 2)(torch.tensor([1.0, 2.0]))
+        >>> def f(x):
+        ...     return x[0] * x[1] ** 2
+        >>> hessian(f)(torch.tensor([1.0, 2.0]))
+        tensor([[0., 4.],
+                [4., 2.]])
+
+        Any other nesting of the two gives the same matrix.
+
+        >>> from lamina import jacfwd, jacrev
+        >>> jacfwd(jacrev(f))(torch.tensor([1.0, 2.0]))
         tensor([[0., 4.],
                 [4., 2.]])
     """

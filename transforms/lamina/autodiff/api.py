@@ -250,6 +250,16 @@ def grad(
         >>> from lamina import grad
         >>> grad(lambda x: (x**3).sum())(torch.tensor([1.0, 2.0]))
         tensor([ 3., 12.])
+
+        The gradient for each example, by mapping `grad`.
+
+        >>> from lamina import vmap
+        >>> def loss(weight, example, target):
+        ...     return (example @ weight - target) ** 2
+        >>> examples, targets = torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> vmap(grad(loss), in_dims=(None, 0, 0))(torch.zeros(2), examples, targets)
+        tensor([[-2., -0.],
+                [-0., -6.]])
     """
     both = grad_and_value(func, argnums, has_aux)
 

@@ -53,6 +53,25 @@ def vmap(
         >>> x, y = torch.arange(6.0).reshape(2, 3), torch.ones(2, 3)
         >>> vmap(torch.dot)(x, y)
         tensor([ 3., 12.])
+
+        A model that closes over a weight, mapped over examples: `backward()` reaches the weight.
+
+        >>> weight = torch.ones(3, requires_grad=True)
+        >>> def model(example):
+        ...     return example.dot(weight).relu()
+        >>> vmap(model)(x).sum().backward()
+        >>> weight.grad
+        tensor([3., 5., 7.])
+
+        A jacobian of what plain autograd has recorded, in one call instead of a loop over rows.
+
+        >>> inputs = torch.arange(1.0, 4.0, requires_grad=True)
+        >>> outputs = inputs**2
+        >>> rows = torch.eye(3)
+        >>> vmap(lambda v: torch.autograd.grad(outputs, inputs, v)[0])(rows)
+        tensor([[2., 0., 0.],
+                [0., 4., 0.],
+                [0., 0., 6.]])
     """
     check_options("vmap", randomness, chunk_size)
 
