@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 import lamina
-from tests.expected import judged
+from tests.expected import BrokenLawError, judged
 from tests.samples import BATCH, Case, cases, database
 
 Tensors = tuple[torch.Tensor, ...]
@@ -40,8 +40,9 @@ def hold(name: str, law: str, strict: bool) -> None:
                 failures.append((f"{case.text}\n{kind}: {error}", error))
         if failures:
             text = "\n\n".join(message[:1500] for message, _ in failures[:3])
-            raise AssertionError(
-                f"{law} fails for {len(failures)} of {name}'s samples\n\n{text}"
+            raise BrokenLawError(
+                f"{law} fails for {len(failures)} of {name}'s samples\n\n{text}",
+                {type(error) for _, error in failures},
             ) from failures[0][1]
         assert tried, f"the law {law!r} says nothing about {name}; see NOT_UNDER in samples.py"
 
