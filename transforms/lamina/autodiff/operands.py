@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 
+from lamina.decompositions import decomposition_of
 from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, tensors_in, watched
 from lamina_core.interpreter import run_at
-from lamina_core.schema import OpFacts
+from lamina_core.rules import RuleTable
+from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
 
-__all__ = ["Split", "constant_outputs", "decompose_handler", "pass_through", "split"]
+__all__ = [
+    "Split",
+    "constant_outputs",
+    "decompose_handler",
+    "derivative_state",
+    "pass_through",
+    "split",
+]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
@@ -124,3 +133,17 @@ def decompose_handler(decomposition: Any) -> Any:
             return decomposition(*args, **kwargs)
 
     return handle
+
+
+def derivative_state(table: RuleTable, op: Any) -> str:
+    """Which of the five states of `lamina_core.rules.STATES` an op is in for one mode's table."""
+    known = facts(op)
+    rule = table.lookup(op)
+    if rule is not None:
+        return rule.state
+    if known.mutated:
+        counterpart = known.functional()
+        return "missing" if counterpart is None else derivative_state(table, counterpart)
+    if known.is_composite or decomposition_of(op) is not None:
+        return "decomposed"
+    return "generic"

@@ -29,6 +29,7 @@ from lamina.autodiff.operands import (
     Split,
     constant_outputs,
     decompose_handler,
+    derivative_state,
     pass_through,
     split,
 )
@@ -127,16 +128,7 @@ class ReverseInterpreter(Interpreter):
 
 def state_of(op: Any) -> str:
     """Which of the five states of `lamina_core.rules.STATES` an op is in under reverse mode."""
-    known = facts(op)
-    rule = REVERSE.lookup(op)
-    if rule is not None:
-        return rule.state
-    if known.mutated:
-        counterpart = known.functional()
-        return "missing" if counterpart is None else state_of(counterpart)
-    if known.is_composite or decomposition_of(op) is not None:
-        return "decomposed"
-    return "generic"
+    return derivative_state(REVERSE, op)
 
 
 def _resolve(op: Any) -> Any:
