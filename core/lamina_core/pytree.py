@@ -50,6 +50,10 @@ _FlattenFunc = Callable[
 ]
 
 
+# The spec of a single leaf.
+LEAF = optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE)
+
+
 # Flatten and unflatten.
 
 
@@ -61,6 +65,8 @@ def flatten(tree: Any) -> tuple[list[Any], PyTreeSpec]:
     """
     # Part of the fixed cost of every transform call: one C++ call and a look at the leaves, 1 us
     # for a tuple of one tensor. Each container type that torch knows takes another round, once.
+    if isinstance(tree, torch.Tensor):
+        return [tree], LEAF  # the usual argument and the usual output
     while True:
         flat, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
         if _leaf_types.issuperset(map(type, flat)) and len(TORCH_NODES) == _torch_nodes_seen:
@@ -77,6 +83,9 @@ def unflatten(spec: PyTreeSpec, flat: Iterable[Any]) -> Any:
     >>> unflatten(spec, flat)
     {'w': [1, 2], 'b': None}
     """
+    if spec is LEAF:
+        (leaf,) = flat
+        return leaf
     return spec.unflatten(flat)
 
 
