@@ -51,7 +51,8 @@ _FlattenFunc = Callable[
 
 
 # The spec of a single leaf.
-LEAF = optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE)
+_ANY_LEAF: Any = 0
+LEAF = optree.tree_structure(_ANY_LEAF, none_is_leaf=True, namespace=NAMESPACE)
 
 
 # Flatten and unflatten.
