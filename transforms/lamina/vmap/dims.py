@@ -14,7 +14,6 @@ __all__ = [
     "align",
     "at_least_1d",
     "batch_first",
-    "batch_size_of",
     "behind_batch",
     "ensure_batched",
     "fold",
@@ -112,14 +111,6 @@ def pad_rank(x: Any, x_bdim: int | None, rank: int) -> Any:
     if missing <= 0:
         return x
     return x.reshape(x.shape[0], *([1] * missing), *x.shape[1:])
-
-
-def batch_size_of(values: Sequence[Any], in_dims: Sequence[int | None]) -> int:
-    """The batch size that the batched values share."""
-    for value, bdim in zip(values, in_dims, strict=True):
-        if bdim is not None:
-            return int(value.shape[bdim])
-    raise AssertionError("no batched value")
 
 
 def fold(x: Any, x_bdim: int | None, into: int, size: int) -> Any:
