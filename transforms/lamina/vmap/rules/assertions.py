@@ -1,0 +1,20 @@
+"""Assertions on values: they hold for a batch if they hold for every example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.vmap.table import batching_rule
+
+__all__: list[str] = []
+
+aten = torch.ops.aten
+
+
+@batching_rule(aten._assert_async.default, aten._assert_async.msg)
+def assert_async(info: Any, in_dims: Any, x: Any, *text: str) -> Any:
+    """[B] -> nothing"""
+    op = aten._assert_async.msg if text else aten._assert_async.default
+    return op(x.all(), *text), None
