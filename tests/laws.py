@@ -6,6 +6,7 @@ and says which ones fail.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,29 +16,48 @@ import torch
 
 import lamina
 from tests.expected import BrokenLawError, judged
-from tests.samples import BATCH, Case, cases, database
+from tests.samples import BATCH, SAMPLES, Case, cases, database
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-def hold(name: str, law: str, strict: bool) -> None:
+def hold(
+    name: str,
+    law: str,
+    strict: bool,
+    count: int = SAMPLES,
+    dtypes: Sequence[torch.dtype] = (),
+) -> None:
     """Fails unless the law holds for every case of the operator (or is expected not to).
 
     Args:
         name: full name of the operator.
         law: name of the law.
-        strict: whether a warning of the library itself (that it falls back to a loop) is a failure.
+        strict: whether a loop over the examples, or a warning of the library, is a failure.
+        count: how many samples of each dtype to try.
+        dtypes: to try other dtypes than double precision.
     """
+    try_on_all(name, law, cases(name, law, count, dtypes), LAWS[law], strict)
+
+
+def try_on_all(
+    name: str,
+    law: str,
+    subjects: Sequence,
+    holds: Callable[..., bool],
+    strict: bool,
+) -> None:
+    """As `hold`, for a law `holds` of any subjects that have a `text` to print."""
     op = database()[name]
     with judged(op.name, op.variant_test_name, law):
         failures, tried = [], 0
-        for case in cases(name, law):
+        for subject in subjects:
             try:
                 with _warnings(strict):
-                    tried += LAWS[law](case)
-            except Exception as error:  # reported below, with the case
+                    tried += holds(subject)
+            except Exception as error:  # reported below, with the subject
                 kind = type(error).__name__
-                failures.append((f"{case.text}\n{kind}: {error}", error))
+                failures.append((f"{subject.text}\n{kind}: {error}", error))
         if failures:
             text = "\n\n".join(message[:1500] for message, _ in failures[:3])
             raise BrokenLawError(
@@ -49,10 +69,15 @@ def hold(name: str, law: str, strict: bool) -> None:
 
 @contextmanager
 def _warnings(strict: bool) -> Iterator[None]:
-    """Ignores PyTorch's warnings; the library's own are errors where `strict`."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
+    """Ignores PyTorch's warnings; where `strict`, those of the library and the loop are errors."""
+    before = lamina.config.fallback
+    lamina.config.fallback = "error" if strict else before
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        lamina.config.fallback = before
     if strict:
         own = [w for w in caught if w.category.__module__.split(".")[0] in OWN]
         assert not own, f"warned: {own[0].message}"
@@ -69,13 +94,21 @@ OWN = ("lamina", "lamina_core")
 def vmap_is_a_stacked_loop(case: Case) -> bool:
     """`vmap(f)(*batches) == stack(f(*examples))`, for every choice of batched arguments.
 
-    Examples whose results differ in shape do not stack; `vmap` must then raise.
+    Examples whose results differ in shape, or are Python values that differ, do not stack; `vmap`
+    must then raise, and where a plain run does.
     """
     if case.random:
         return False
+    if case.refused:
+        args, in_dims = batch(case, range(len(case.generations[0])), "first")
+        try:
+            lamina.vmap(case.function, in_dims)(*args)
+        except RuntimeError:
+            return True
+        raise AssertionError("vmap does not raise, and PyTorch does")
     for turn, batched in enumerate(subsets(len(case.generations[0]))):
         rows = [case.function(*examples(case, batched, i)) for i in range(BATCH)]
-        ragged = any(len({t.shape for t in column}) > 1 for column in zip(*rows, strict=True))
+        ragged = not _stackable(case, rows)
         expected = () if ragged else stacked(rows)
         for place in ("first", "last", "negative"):
             args, in_dims = batch(case, batched, place)
@@ -89,6 +122,98 @@ def vmap_is_a_stacked_loop(case: Case) -> bool:
             assert not ragged, f"in_dims={in_dims}: the examples' results do not stack"
             wanted = tuple(t.movedim(0, out_dims) for t in expected)
             close(actual, wanted, f"in_dims={in_dims}, out_dims={out_dims}")
+    return True
+
+
+def _stackable(case: Case, rows: Sequence[Tensors]) -> bool:
+    """Whether the results of examples are of one shape each, and of one value if of Python."""
+    columns = list(zip(*rows, strict=True))
+    if any(len({t.shape for t in column}) > 1 for column in columns):
+        return False
+    return not case.python or all(torch.equal(t, column[0]) for column in columns for t in column)
+
+
+def vmap_of_vmap_is_two_loops(case: Case) -> bool:
+    """`vmap(vmap(f))` is a loop in a loop, with arguments mapped by both or by one of the two."""
+    if case.random:
+        return False
+    tensors = case.generations[0]
+    for levels in _levels(len(tensors)):
+        places = [_nested_batch(case, k, both) for k, both in enumerate(levels)]
+        rows = [
+            [
+                case.function(*(_picked(case, k, both, o, i) for k, both in enumerate(levels)))
+                for i in range(BATCH)
+            ]
+            for o in range(OUTER)
+        ]
+        fits = _stackable(case, [outs for row in rows for outs in row])
+        args, outer_dims, inner_dims = zip(*places, strict=True)
+        try:
+            inner = lamina.vmap(case.function, inner_dims)
+            actual = lamina.vmap(inner, outer_dims)(*args)
+        except RuntimeError:
+            if not fits:
+                continue
+            raise
+        assert fits, f"{outer_dims}, {inner_dims}: the results do not stack"
+        wanted = stacked([stacked(row) for row in rows])
+        close(actual, wanted, f"in_dims={outer_dims} of the outer, {inner_dims} of the inner vmap")
+    return True
+
+
+OUTER = 2  # the batch size of the outer of two
+
+
+def _levels(count: int) -> list[tuple[str, ...]]:
+    """Which of two vmaps map each argument; both map something."""
+    choices = [("both",) * count]
+    if count > 1:
+        choices.append(("outer",) + ("inner",) * (count - 1))
+        choices.append(("inner",) + ("both",) * (count - 1))
+    if count > 2:
+        choices.append(("none", *("outer", "inner") * count)[:count])
+    return choices
+
+
+def _picked(case: Case, k: int, levels: str, o: int, i: int) -> torch.Tensor:
+    at = {"both": (o + i) % BATCH, "outer": o, "inner": i, "none": 0}[levels]
+    return case.generations[at][k]
+
+
+def _nested_batch(case: Case, k: int, levels: str) -> tuple:
+    """An argument, and its in_dims of the outer and of the inner vmap: never the same place."""
+    rank = case.generations[0][k].ndim
+    if levels == "none":
+        return case.generations[0][k], None, None
+    if levels == "outer":
+        outer = torch.stack([_picked(case, k, levels, o, 0) for o in range(OUTER)], rank)
+        return outer, rank, None
+    rows = [
+        torch.stack([_picked(case, k, levels, o, i) for i in range(BATCH)], rank)
+        for o in range(OUTER if levels == "both" else 1)
+    ]
+    if levels == "inner":
+        return rows[0], None, -1
+    return torch.stack(rows, 1), 1, -1
+
+
+def vmap_of_no_examples(case: Case) -> bool:
+    """With a batch of size 0 the results have the shapes and dtypes of examples."""
+    if case.random:
+        return False
+    rows = [case.function(*generation) for generation in case.generations]
+    if case.python or not _stackable(case, rows):
+        return True  # the results depend on values, of which there are none
+    plain = rows[0]
+    everything = tuple(range(len(case.generations[0])))
+    for batched in dict.fromkeys([everything, everything[:1]]):
+        args, in_dims = batch(case, batched, "last")
+        none = [a if d is None else a.narrow(d, 0, 0) for a, d in zip(args, in_dims, strict=True)]
+        actual = lamina.vmap(case.function, in_dims)(*none)
+        for out, example in zip(actual, plain, strict=True):
+            assert out.shape == (0, *example.shape), f"in_dims={in_dims}: {out.shape}"
+            assert out.dtype == example.dtype, f"in_dims={in_dims}: {out.dtype}"
     return True
 
 
@@ -140,7 +265,7 @@ def vjp_is_autograd(case: Case) -> bool:
         return False
     outs, expected, cotangents = plain
     f, primals = restricted(case, case.generations[0])
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     actual_outs, pullback = lamina.vjp(f, *primals)
     close(actual_outs, outs, "the value")
     close(pullback(cotangents), expected, "the cotangents")
@@ -159,13 +284,14 @@ def jvp_is_the_transposed_vjp(case: Case) -> bool:
         return False
     f, primals = restricted(case, tensors, kept)
     tangents = tuple(noise(p, 7 + i) for i, p in enumerate(primals))
+    plain, _ = restricted(of_reference(case), tensors, kept)
     try:
-        expected, loose = _pushforward(f, primals, tangents), case.loose
+        expected, loose = _pushforward(plain, primals, tangents), case.loose
     except (RuntimeError, NotImplementedError):
         expected = None
     if expected is None or not all(t.isfinite().all() for t in expected):
-        expected, loose = _central_difference(f, primals, tangents), True
-    torch.manual_seed(0)
+        expected, loose = _central_difference(plain, primals, tangents), True
+    torch.default_generator.manual_seed(0)
     _, actual = lamina.jvp(f, primals, tangents)
     close(actual, expected, "the tangents", loose)
     return True
@@ -196,6 +322,8 @@ def vmap_of_vjp_is_a_loop_of_autograd(case: Case) -> bool:
 
 LAWS: dict[str, Callable[[Case], bool]] = {
     "vmap": vmap_is_a_stacked_loop,
+    "vmap_vmap": vmap_of_vmap_is_two_loops,
+    "vmap_empty": vmap_of_no_examples,
     "inplace": vmap_is_a_stacked_loop,  # its cases call the in-place variant on a fresh copy
     "random": vmap_of_random_draws,
     "vjp": vjp_is_autograd,
@@ -266,6 +394,11 @@ def restricted(case: Case, tensors: Tensors, kept: Sequence[int] | None = None):
     return f, tuple(tensors[k] for k in case.differentiable)
 
 
+def of_reference(case: Case) -> Case:
+    """The case with the function that PyTorch differentiates."""
+    return dataclasses.replace(case, function=case.reference)
+
+
 def kept_outputs(case: Case, tensors: Tensors) -> list[int]:
     """Positions of the outputs that PyTorch gives a derivative."""
     filled = [
@@ -280,9 +413,9 @@ def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, 
     kept = kept_outputs(case, tensors) if kept is None else kept
     if not kept:
         return None
-    f, primals = restricted(case, tensors, kept)
+    f, primals = restricted(of_reference(case), tensors, kept)
     primals = tuple(p.detach().requires_grad_() for p in primals)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     outs = f(*primals)
     cotangents = tuple(noise(out, 100 * seed + i) for i, out in enumerate(outs))
     grads = torch.autograd.grad(
@@ -292,7 +425,7 @@ def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, 
 
 
 def _pushforward(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     leaves = tuple(p.detach().requires_grad_() for p in primals)
     outs = f(*leaves)
     probes = tuple(noise(out, 50 + i).requires_grad_() for i, out in enumerate(outs))
@@ -313,7 +446,7 @@ def _central_difference(f: Callable[..., Tensors], primals: Tensors, tangents: T
     step = 1e-6 if primals[0].dtype in (torch.float64, torch.complex128) else 1e-3
 
     def at(sign: int) -> Tensors:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         moved = [p + sign * step * t for p, t in zip(primals, tangents, strict=True)]
         return f(*moved)
 
@@ -326,12 +459,23 @@ def noise(like: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.randn(like.shape, dtype=like.dtype, generator=generator)
 
 
+def _tolerance(dtype: torch.dtype) -> float:
+    if dtype in (torch.float64, torch.complex128):
+        return 1e-7
+    if dtype in (torch.float32, torch.complex64):
+        return 1e-4
+    return 2 * torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+
+
 def close(actual: Sequence, expected: Sequence, what: str, loose: bool = False) -> None:
-    """Fails unless values, shapes and dtypes agree, to within rounding of the largest entry."""
+    """Fails unless values, shapes and dtypes agree, to within rounding of the largest entry.
+
+    A batch may be computed in another order than its examples. Integers must be equal; half types
+    may differ by two units in the last place of the largest entry.
+    """
     assert len(actual) == len(expected), f"{what}: {len(actual)} outputs, not {len(expected)}"
     for a, e in zip(actual, expected, strict=True):
-        exact = e.dtype in (torch.float64, torch.complex128)
-        tolerance = 1e-4 if loose else 1e-7 if exact else 1e-4
+        tolerance = 1e-4 if loose else _tolerance(e.dtype)
         scale = 1.0
         if e.is_floating_point() or e.is_complex():
             finite = e.abs()[e.isfinite()]

@@ -22,13 +22,15 @@ import functools
 import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tests.expected import VMAP_LAWS
 
 BATCH = 3
 SAMPLES = 6  # a spread of this many out of the first FIRST
@@ -159,6 +161,32 @@ UNINITIALISED = frozenset(
 )
 
 
+def _log_softmax_first(op: Callable) -> Callable:
+    return lambda scores, *args, **kwargs: op(scores.log_softmax(-1), *args, **kwargs)
+
+
+# What PyTorch calls the gradient of these is that of the operator behind another one.
+BEHIND: dict[str, Callable[[Callable], Callable]] = {
+    "nn.functional.ctc_loss": _log_softmax_first,
+}
+
+
+def _strided_scatter(x, src, size, stride, storage_offset=0):
+    places = torch.arange(x.numel()).as_strided(size, stride, storage_offset).reshape(-1)
+    return x.reshape(-1).index_put((places,), src.reshape(-1)).reshape(x.shape)
+
+
+def _in_one_chunk(*args, options=None, **kwargs):
+    return torch.nn.functional.linear_cross_entropy(*args, **kwargs)
+
+
+# What PyTorch differentiates to give the reference, where its own formula is wrong.
+REFERENCES: dict[str, Callable] = {
+    "as_strided_scatter": _strided_scatter,
+    "nn.functional.linear_cross_entropy.chunked": _in_one_chunk,
+}
+
+
 @functools.cache
 def database() -> dict[str, Any]:
     """All of PyTorch's operator samples, by full name (``name.variant`` where there is one)."""
@@ -169,6 +197,10 @@ def database() -> dict[str, Any]:
     # The table seeds its random operators, which would hide that they draw; the laws seed here.
     table.wrapper_set_seed = _call
     return {full_name(op): op for op in table.op_db}
+
+
+def _itself(op: Callable) -> Callable:
+    return op
 
 
 def _call(op: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +216,7 @@ def curated(law: str) -> list[str]:
     """The curated operators that a law speaks of."""
     names = [name for family in CURATED.values() for name in family.split()]
     names = [name for name in names if name not in NOT_UNDER[law]]
-    if law == "vmap":
+    if law in VMAP_LAWS:
         return names
     if law == "inplace":
         return [name for name in names if name in INPLACE]
@@ -195,6 +227,9 @@ def curated(law: str) -> list[str]:
 
 # Operators that a law cannot speak of, and why.
 _DRAWS = dict.fromkeys(DRAWS, "every sample draws random numbers; the law `random` takes it")
+_LENGTHS = dict.fromkeys(
+    ["bincount", "nn.functional.one_hot"], "the largest value says how long the result is"
+)
 _INTEGERS = {"nn.functional.one_hot": "a function of integers alone"}
 _REPEATS = (
     "where indices repeat the last entry wins, and PyTorch's pullback is that of no function; the "
@@ -202,6 +237,8 @@ _REPEATS = (
 )
 NOT_UNDER: dict[str, dict[str, str]] = {
     "vmap": _DRAWS,
+    "vmap_vmap": _DRAWS,
+    "vmap_empty": {**_DRAWS, **_LENGTHS},
     "inplace": _DRAWS,
     "random": {},
     "vjp": _INTEGERS,
@@ -254,18 +291,24 @@ class Case:
     Attributes:
         text: what to print about it.
         function: takes the tensors of a generation, gives a tuple of tensors.
+        reference: the same function in operators that PyTorch differentiates rightly.
         generations: for each example of a batch, the tensors. Shapes and dtypes agree.
         differentiable: positions of the tensors to differentiate in.
         random: whether a plain run draws random numbers.
         loose: whether derivatives agree to a few digits only.
+        python: whether a Python value is among the results.
+        refused: whether a plain run raises, as an in-place variant may; so must every transform.
     """
 
     text: str
     function: Callable[..., tuple[torch.Tensor, ...]]
+    reference: Callable[..., tuple[torch.Tensor, ...]]
     generations: tuple[tuple[torch.Tensor, ...], ...]
     differentiable: tuple[int, ...]
     random: bool
     loose: bool
+    python: bool
+    refused: bool
 
 
 def dtype_of(op: Any) -> torch.dtype:
@@ -275,16 +318,37 @@ def dtype_of(op: Any) -> torch.dtype:
     return next(dtype for dtype in (*order, torch.int32, torch.bool) if dtype in supported)
 
 
-def cases(name: str, law: str) -> list[Case]:
-    """The cases of an operator under a law: a spread of its first samples."""
+def other_dtypes(op: Any) -> list[torch.dtype]:
+    """One dtype of each kind that an operator supports, beside those of `cases`."""
+    supported = op.supported_dtypes("cpu") - {dtype_of(op)}
+    kinds = (
+        (torch.float32,),
+        (torch.complex64,),
+        (torch.bfloat16, torch.float16),
+        (torch.int64, torch.int32),
+        (torch.uint8, torch.int8, torch.int16),
+        (torch.bool,),
+    )
+    return [dtype for kind in kinds for dtype in [d for d in kind if d in supported][:1]]
+
+
+def cases(
+    name: str, law: str, count: int = SAMPLES, dtypes: Sequence[torch.dtype] = ()
+) -> list[Case]:
+    """The cases of an operator under a law: a spread of `count` of its first samples.
+
+    They are of double precision, real and complex, unless `dtypes` says otherwise.
+    """
     op = database()[name]
     dtype = dtype_of(op)
     with warnings.catch_warnings():
         # PyTorch draws some samples with functions that it deprecates itself.
         warnings.simplefilter("ignore")
-        found = list(_cases(op, name, law, dtype, SAMPLES))
+        if dtypes:
+            return [case for d in dtypes for case in _cases(op, name, law, d, count)]
+        found = list(_cases(op, name, law, dtype, count))
         if dtype.is_floating_point and torch.complex128 in op.supported_dtypes("cpu"):
-            found += _cases(op, name, law, torch.complex128, 2)
+            found += _cases(op, name, law, torch.complex128, min(count, 2))
     return found
 
 
@@ -307,8 +371,10 @@ def _cases(op: Any, name: str, law: str, dtype: torch.dtype, count: int) -> Iter
 def _samples(op: Any, dtype: torch.dtype, requires_grad: bool, generation: int) -> Iterator[Any]:
     random.seed(generation)
     numpy.random.seed(generation)
-    torch.manual_seed(generation)
-    return iter(op.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+    # Not `torch.manual_seed`, which also notes a traceback for each kind of device that is absent.
+    torch.default_generator.manual_seed(generation)
+    # Not `op.sample_inputs`, which seeds anew for each sample: all generations would be the same.
+    return iter(op.sample_inputs_func(op, "cpu", dtype, requires_grad))
 
 
 def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
@@ -326,8 +392,10 @@ def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
         if wrapper.__name__ == "wrapper_set_seed":
             wrapper = _call
 
+        behind = BEHIND.get(name, _itself)
+
         def call(*args, **kwargs):
-            return process(wrapper(op.get_op(), *args, **kwargs))
+            return process(wrapper(behind(op.get_op()), *args, **kwargs))
     elif law == "inplace":
         if not isinstance(samples[0].input, torch.Tensor) or samples[0].broadcasts_input:
             return None
@@ -336,31 +404,54 @@ def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
         call = op.get_op()
     copies = law == "inplace"
 
-    def function(*tensors):
+    def function(*tensors, use=None):
         filled = list(leaves)
         for i, tensor in zip(at, tensors, strict=False):
             filled[i] = tensor.clone() if copies else tensor
         first, args, kwargs = tree_unflatten(filled, spec)
-        out = _tensors(call(first, *args, **kwargs))
+        out = _tensors((use or call)(first, *args, **kwargs))
         if name in UNINITIALISED:
             out = tuple(torch.zeros_like(o) for o in out)
         return out
 
     if not at:  # nothing to batch: a bystander is
         generations = ((torch.zeros(()),),) * BATCH
+    results = []
+
+    def noted(*args, **kwargs):
+        results.append(call(*args, **kwargs))
+        return results[0]
+
     before, tried = torch.get_rng_state(), [t.clone() for t in generations[0]]
+    refused = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            function(*tried)
+            function(*tried, use=noted)
     except RuntimeError:
-        if law == "inplace":  # the result does not fit into the input
-            return None
-        raise
+        if law != "inplace":
+            raise
+        refused = True  # the result does not fit into the input
     moved = not torch.equal(before, torch.get_rng_state())
     copies = copies or name in STATISTICS or not all(map(_identical, tried, generations[0]))
     text = f"{name}({', '.join(_brief(leaf) for leaf in leaves)})"
-    return Case(text, function, generations, differentiable, moved, name in LOOSE)
+    reference = function
+    if name in REFERENCES:
+        reference = functools.partial(function, use=REFERENCES[name])
+    python = any(
+        leaf is not None and not isinstance(leaf, torch.Tensor) for leaf in tree_flatten(results)[0]
+    )
+    return Case(
+        text,
+        function,
+        reference,
+        generations,
+        differentiable,
+        random=moved,
+        loose=name in LOOSE,
+        python=python,
+        refused=refused,
+    )
 
 
 def _alike(leaf: torch.Tensor, other: Any) -> torch.Tensor:

@@ -19,18 +19,30 @@ writes: they are copied back when the transform returns .
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lamina_core.dispatch import pass_down, tensors_in
-from lamina_core.errors import MutationError
+from lamina_core.dispatch import lower, map_tensors, pass_down, tensors_in
+from lamina_core.errors import MutationError, NotDifferentiableError
 from lamina_core.interpreter import Interpreter, mode_off, run_at
+from lamina_core.scatter import scatter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
 
-__all__ = ["ViewRecipe", "mutate", "record_views", "refresh", "refresh_all", "write"]
+__all__ = [
+    "ViewRecipe",
+    "mutate",
+    "mutate_copies",
+    "record_views",
+    "refresh",
+    "refresh_all",
+    "stamp",
+    "write",
+]
 
+_CLASSES = LevelTensor.classes
 aten = torch.ops.aten
 
 
@@ -91,6 +103,25 @@ def refresh(interpreter: Interpreter, view: LevelTensor) -> None:
         view.version += 1
 
 
+def stamp(tensor: Any) -> Any:
+    """What changes when a tensor, or one it is a view of, is written to at any level.
+
+    None for an inference tensor, which keeps no version.
+    """
+    if type(tensor) not in _CLASSES:
+        return None if tensor.is_inference() else tensor._version
+    versions = []
+    while type(tensor) in _CLASSES:
+        versions.append(tensor.version)
+        recipe = tensor.recipe
+        while recipe is not None:
+            versions.append(recipe.parent.version)
+            recipe = recipe.parent.recipe
+        tensor = tensor.value
+    versions.append(None if tensor.is_inference() else tensor._version)
+    return tuple(versions)
+
+
 def refresh_all(interpreter: Interpreter, args: Any, kwargs: dict[str, Any]) -> None:
     """Bring all views of this level among the arguments of an op up to date."""
     for tensor in tensors_in(args, kwargs):
@@ -109,6 +140,8 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
         return pass_down(interpreter, op, args, kwargs)
     counterpart = known.functional()
     if counterpart is None:
+        if op.namespace not in _TORCH_OWN:
+            return _mutate_below(interpreter, known, args, kwargs)
         raise interpreter.error(
             MutationError,
             f"{known.name} writes to its argument and has no out-of-place counterpart",
@@ -119,9 +152,12 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
     targets = [args[m] if isinstance(m, int) else kwargs[m] for m in known.mutated]
     if known.is_out_variant():
         kwargs = {k: v for k, v in kwargs.items() if k not in known.mutated}
+        if _is_told(counterpart, "dtype") and not _is_told(op, "dtype"):  # a factory
+            kwargs |= {"dtype": targets[0].dtype, "device": targets[0].device}
     with run_at(interpreter):
         out = counterpart(*_with_defaults(op, args), **kwargs)
-        results = list(out) if isinstance(out, (list, tuple)) else [out]
+        several = isinstance(out, (list, tuple)) and facts(counterpart).returns != ("list",)
+        results = list(out) if several else [out]
         # Functional forms of ops such as batch norm give outputs first, then what is written.
         written = results[len(results) - len(targets) :]
         for target, new in zip(targets, written, strict=True):
@@ -133,6 +169,93 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
         return targets[0] if len(targets) == 1 else tuple(targets)
     kept = results[: len(results) - len(targets)]
     return kept[0] if len(kept) == 1 else tuple(kept)
+
+
+def _is_told(op: Any, option: str) -> bool:
+    return option in facts(op).arg_names
+
+
+# Here the kernels say unsaid things, such as which storage a tensor has, that no copy would repeat.
+_TORCH_OWN = frozenset(("aten", "prims"))
+
+
+def mutate_copies(
+    interpreter: Interpreter,
+    known: OpFacts,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Callable[[tuple[Any, ...], dict[str, Any], list[Any]], Any],
+) -> Any:
+    """Interpret a write of which only the in-place form is known: on copies, then `write` each.
+
+    Args:
+        interpreter: Whose level it is.
+        known: The facts of the op.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        run: Called with the arguments and keyword arguments, copies in place of what is written,
+            and the list of these copies. They are wrappers of the level, and `run` writes to their
+            values.
+
+    Returns:
+        What `run` returns, with what is written in place of its copies.
+    """
+    written = [args[m] if isinstance(m, int) else kwargs.get(m) for m in known.mutated]
+    targets = {id(tensor): tensor for tensor in tensors_in(written, {})}
+    with run_at(interpreter):
+        copies = {key: target.clone() for key, target in targets.items()}
+
+    def swap(tensor: Any) -> Any:
+        return copies.get(id(tensor), tensor)
+
+    inner = {key: map_tensors(swap, value) for key, value in kwargs.items()}
+    out = run(tuple([map_tensors(swap, arg) for arg in args]), inner, list(copies.values()))
+    with run_at(interpreter):
+        for key, target in targets.items():
+            write(interpreter, known, target, copies[key])
+    if len(known.op._schema.returns) == 1:
+        return _itself(known, 0, out, args, kwargs)
+    if isinstance(out, tuple):
+        return tuple([_itself(known, i, item, args, kwargs) for i, item in enumerate(out)])
+    return out
+
+
+def _itself(known: OpFacts, index: int, out: Any, args: Any, kwargs: Any) -> Any:
+    """An output, or the argument that the schema says it is."""
+    alias = known.op._schema.returns[index].alias_info
+    if alias is None or not alias.is_write:
+        return out
+    for position, argument in enumerate(known.op._schema.arguments):
+        theirs = argument.alias_info
+        if theirs is not None and theirs.before_set == alias.before_set:
+            return kwargs[argument.name] if argument.kwarg_only else args[position]
+    return out
+
+
+def _mutate_below(
+    interpreter: Interpreter, known: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A user's op that writes, and of which this level has nothing to say but to hand it down."""
+    if interpreter.differentiates and interpreter.grad_enabled and torch.is_grad_enabled():
+        for tensor in tensors_in(args, kwargs):
+            if interpreter.is_own(tensor) and not interpreter.is_constant(tensor):
+                raise interpreter.error(
+                    NotDifferentiableError,
+                    f"{known.name} writes to its argument and has no derivative",
+                    f"it is given a tensor of shape {list(tensor.shape)} that carries one",
+                    "to fix: detach its arguments, or define the op without writes and register "
+                    "a formula with torch.library.register_autograd",
+                )
+
+    def run(args: Any, kwargs: Any, copies: list[Any]) -> Any:
+        def value_of(tensor: Any) -> Any:
+            return tensor.value if interpreter.is_own(tensor) else tensor
+
+        inner = {key: map_tensors(value_of, value) for key, value in kwargs.items()}
+        values = tuple([map_tensors(value_of, arg) for arg in args])
+        return map_tensors(interpreter.constant, lower(interpreter, known.op, values, inner))
+
+    return mutate_copies(interpreter, known, args, kwargs, run)
 
 
 # Ops that change the shape of a tensor in place and none of its elements.
@@ -219,6 +342,13 @@ def write(interpreter: Interpreter, known: OpFacts, target: Any, new: Any) -> No
             "to fix: use the out-of-place form of the op",
         )
     if new.dtype != target.dtype:
+        if not torch.can_cast(new.dtype, target.dtype):
+            raise interpreter.error(
+                MutationError,
+                f"{known.name} writes a result of dtype {new.dtype}, which can't be cast to the "
+                f"{target.dtype} of what it writes to",
+                "to fix: give the written tensor the dtype of the result, or cast the operands",
+            )
         new = new.to(target.dtype)
     if new is target:
         new = new.clone()
@@ -236,6 +366,8 @@ def captured_error(interpreter: Interpreter, name: str, target: Any) -> Exceptio
 
 
 def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> None:
+    if not torch.is_grad_enabled():
+        new = _with_derivative_of(target, new)
     if interpreter.store(target, new):
         return
     interpreter.mutated = True
@@ -245,10 +377,30 @@ def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> N
             interpreter.written.append(target)
     else:
         refresh(interpreter, target)
-        _write(interpreter, recipe.parent, scatter(recipe, new))
+        # What is written through `detach` changes values alone, as a write under `no_grad` does.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and recipe.op is not _DETACH):
+            _write(interpreter, recipe.parent, scatter(recipe, new))
         recipe.version = recipe.parent.version
     interpreter.rebind(target, new)
     target.version += 1
+
+
+_DETACH = aten.detach.default
+
+
+def _with_derivative_of(target: LevelTensor, new: LevelTensor) -> Any:
+    """What a write under `no_grad` leaves: the new value, with the derivative of the old one.
+
+    `rebind` sees to the level of the write; this is for the levels below, and the user's autograd.
+    """
+    value = target.value
+    if type(value) not in LevelTensor.classes and not value.requires_grad:
+        return new
+    if not (target.is_floating_point() or target.is_complex()):
+        return new
+    with torch.enable_grad():
+        zero = target - target.detach()
+        return new + zero.masked_fill(zero.isnan(), 0)  # an infinity less itself
 
 
 class _identities:
@@ -257,94 +409,3 @@ class _identities:
 
     def __contains__(self, item: Any) -> bool:
         return id(item) in self.ids
-
-
-# -- the inverse of a view op: the parent with the view's region replaced --------------------------
-
-
-def scatter(recipe: ViewRecipe, new: Any) -> Any:
-    """The parent of a view, with the region that the view covers replaced by `new`."""
-    parent, op = recipe.parent, recipe.op
-    inverse = _INVERSES.get(op._schema.name)
-    if inverse is not None and op is not aten.view.dtype:
-        return inverse(parent, new, *recipe.args, **recipe.kwargs)
-    return _scatter_by_index(recipe, new)
-
-
-def _scatter_by_index(recipe: ViewRecipe, new: Any) -> Any:
-    """Any view that only moves elements: replay it on their numbers to see which it shows."""
-    parent = recipe.parent
-    if new.dtype != parent.dtype:
-        raise parent.interpreter.error(
-            MutationError,
-            f"cannot write through {recipe.op}, which views {parent.dtype} as {new.dtype}",
-            "to fix: write to the tensor itself, with values of its own dtype",
-        )
-    numbers = torch.arange(parent.numel(), device=parent.device).reshape(parent.shape)
-    seen = recipe.op(numbers, *recipe.args, **recipe.kwargs)
-    seen = seen if recipe.index is None else seen[recipe.index]
-    flat = parent.reshape(-1).index_put((seen.reshape(-1),), new.reshape(-1))
-    return flat.reshape(parent.shape)
-
-
-def _reshaped(parent: Any, new: Any, *args: Any, **kwargs: Any) -> Any:
-    return new.reshape(parent.shape)
-
-
-def _same(parent: Any, new: Any, *args: Any, **kwargs: Any) -> Any:
-    return new
-
-
-def _permuted(parent: Any, new: Any, dims: Any) -> Any:
-    rank = parent.dim()
-    inverse = [0] * rank
-    for position, dim in enumerate(dims):
-        inverse[dim % rank] = position
-    return new.permute(inverse)
-
-
-def _imaginary(parent: Any, new: Any) -> Any:
-    return torch.complex(torch.real(parent), new)
-
-
-def _real(parent: Any, new: Any) -> Any:
-    return torch.complex(new, torch.imag(parent))
-
-
-def _detached(parent: Any, new: Any) -> Any:
-    interpreter = parent.interpreter
-    if interpreter.differentiates and not interpreter.is_constant(parent):
-        raise interpreter.error(
-            MutationError,
-            "a write through detach() to a tensor that carries a derivative",
-            "PyTorch changes the value behind the back of the derivative, which is then wrong",
-            "to fix: write to the tensor itself, or to a clone of the detached one",
-        )
-    return new
-
-
-_INVERSES: dict[str, Any] = {
-    "aten::_conj": lambda parent, new: torch.conj(new),
-    "aten::_neg_view": lambda parent, new: -new,
-    "aten::_reshape_alias": _reshaped,
-    "aten::_unsafe_view": _reshaped,
-    "aten::alias": _same,
-    "aten::detach": _detached,
-    "aten::diagonal": lambda parent, new, *a, **k: torch.diagonal_scatter(parent, new, *a, **k),
-    "aten::flatten": _reshaped,
-    "aten::imag": _imaginary,
-    "aten::permute": _permuted,
-    "aten::real": _real,
-    "aten::reshape": _reshaped,
-    "aten::select": lambda parent, new, dim, index: torch.select_scatter(parent, new, dim, index),
-    "aten::slice": lambda parent, new, *a, **k: torch.slice_scatter(parent, new, *a, **k),
-    "aten::squeeze": _reshaped,
-    "aten::t": lambda parent, new: new.t(),
-    "aten::transpose": lambda parent, new, first, second: new.transpose(first, second),
-    "aten::unflatten": _reshaped,
-    "aten::unsqueeze": _reshaped,
-    "aten::view": _reshaped,
-    "aten::view_as": _reshaped,
-    "aten::view_as_complex": lambda parent, new: torch.view_as_real(new),
-    "aten::view_as_real": lambda parent, new: torch.view_as_complex(new.contiguous()),
-}

@@ -11,9 +11,11 @@ Importing this module also makes `config.debug` 2 and 3 print (see `lamina_core.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -22,7 +24,7 @@ from lamina_core.config import config, tensor_summary
 from lamina_core.errors import RuleError, message
 from lamina_core.interpreter import Interpreter, current_stack
 
-__all__ = ["explain", "print_stack", "stack_text", "trace_log"]
+__all__ = ["calling_line", "explain", "print_stack", "stack_text", "trace_log"]
 
 
 def stack_text() -> str:
@@ -40,6 +42,25 @@ def stack_text() -> str:
 def print_stack(file: TextIO | None = None) -> None:
     """Print `stack_text()`, to the standard output unless a file is given."""
     (file or sys.stdout).write(stack_text() + "\n")
+
+
+_LIBRARIES = tuple(os.path.join(os.path.dirname(path), "") for path in (torch.__file__, __file__))
+
+
+def calling_line(home: str) -> str:
+    """The innermost line of the present call that is a user's, as `file:line`.
+
+    Args:
+        home: The folder of a package whose lines are not, as those of torch and the core are not.
+    """
+    libraries = (*_LIBRARIES, os.path.join(home, ""))
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(libraries):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "an unknown place"
 
 
 class _Names:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers their operators
-from lamina_core.interpreter import Interpreter, OuterState, thread_mode
+from lamina_core.interpreter import Interpreter, thread_mode
+from lamina_core.outer import OuterState, autocast_keys, regain
 from lamina_core.schema import facts
 from lamina_core.wrapper import LevelTensor, highest_interpreter, shares_memory, strip_dead
 
@@ -33,6 +34,7 @@ __all__ = [
     "needs_guard",
     "pass_down",
     "tensors_in",
+    "under_autocast",
     "watched",
 ]
 
@@ -105,6 +107,8 @@ def _run_dead(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     args = tuple([strip_dead(arg) for arg in args])
     kwargs = {key: strip_dead(value) for key, value in kwargs.items()}
+    if facts(op).is_view and not any(needs_guard(tensor) for tensor in tensors_in(args, kwargs)):
+        return op(*args, **kwargs)  # outside the transforms, C++ makes a view of it that it tracks
     outer = thread_mode().outer or _PRISTINE
     with outer.guard():
         return op(*args, **kwargs)
@@ -193,7 +197,9 @@ def watched(
     level as constants, so that every op of the rule is seen there and ends in the first case.
     """
     outer = thread_mode().outer
-    if outer is None:
+    if outer is None or not (outer.grad_enabled or torch.autograd.forward_ad._current_level >= 0):
+        # Under no_grad around the transforms nobody outside asks, and the guard would switch off
+        # this level as well, whose handler looks at the same flag.
         return handler(interpreter, op, args, kwargs)
     own: list[Any] = []
     guarded = False
@@ -229,3 +235,32 @@ def watched(
     args = tuple([map_tensors(lift, arg) for arg in args])
     kwargs = {key: map_tensors(lift, value) for key, value in kwargs.items()}
     return handler(interpreter, op, args, kwargs)
+
+
+# Composite ops with rules of their own, inside which autocast acts: it does not know them by name.
+_CAST_INSIDE = frozenset(
+    f"aten::{name}"
+    for name in ("cross_entropy_loss", "einsum", "gru", "lstm", "rnn_relu", "rnn_tanh")
+)
+
+
+def under_autocast(op: Any, handler: Any) -> Any:
+    """The handler of an op, with autocast switched on again where it acts inside the op."""
+    if op._schema.name not in _CAST_INSIDE:
+        return handler
+
+    def cast_inside(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        autocast = autocast_keys()
+        if autocast is None:
+            return handler(interpreter, op, args, kwargs)
+        if not interpreter.watch and any(
+            type(tensor) not in _CLASSES and needs_guard(tensor)
+            for tensor in tensors_in(args, kwargs)
+        ):
+            # Before autocast is on again: the caller's keys, which then come first, are without it.
+            interpreter.watch = True
+            return watched(interpreter, cast_inside, op, args, kwargs)
+        with regain(autocast):
+            return handler(interpreter, op, args, kwargs)
+
+    return cast_inside

@@ -17,6 +17,7 @@ __all__ = [
     "MutationError",
     "NonScalarLossError",
     "NotDifferentiableError",
+    "NotLinearError",
     "RandomnessError",
     "RuleError",
     "StructureError",
@@ -122,6 +123,29 @@ class NotDifferentiableError(LaminaError, TypeError):
     """
 
 
+class NotLinearError(LaminaError, ValueError):
+    """The function given to `linear_transpose` is not linear.
+
+    Linear is f(a x + b y) = a f(x) + b f(y): no product of two inputs, no constant added.
+
+    Example:
+        >>> import torch
+        >>> from lamina import linear_transpose
+        >>> linear_transpose(lambda x: 2 * x * x.sum(), torch.zeros(3))
+        Traceback (most recent call last):
+            ...
+        lamina_core.errors.NotLinearError: linear_transpose met aten.mul.Tensor, which is not ...
+          ...
+
+        The transpose of the derivative of any function is its `vjp`.
+
+        >>> from lamina import vjp
+        >>> out, vjp_fn = vjp(lambda x: 2 * x * x.sum(), torch.ones(3))
+        >>> vjp_fn(torch.ones(3))
+        (tensor([12., 12., 12.]),)
+    """
+
+
 class TangentError(LaminaError, ValueError):
     """Tangents or cotangents do not match the values they belong to.
 
@@ -153,16 +177,17 @@ class MissingRuleError(LaminaError, NotImplementedError):
     Example:
         >>> import torch
         >>> from lamina import config, vmap
+        >>> a = torch.ones(2, 3, 4, dtype=torch.int8)
         >>> config.fallback = "error"
-        >>> vmap(torch.histc)(torch.ones(2, 3))
+        >>> vmap(torch._int_mm)(a, a.mT)
         Traceback (most recent call last):
             ...
-        lamina_core.errors.MissingRuleError: no batching rule for aten.histc.default
+        lamina_core.errors.MissingRuleError: no batching rule for aten._int_mm.default: ...
           while interpreting at level 1: vmap(batch_size=2, randomness='error')
           ...
         >>> config.fallback = "silent"
-        >>> vmap(torch.histc)(torch.ones(2, 3)).shape
-        torch.Size([2, 100])
+        >>> vmap(torch._int_mm)(a, a.mT).shape
+        torch.Size([2, 3, 3])
         >>> config.fallback = "warn"
     """
 
@@ -208,9 +233,10 @@ class EscapedTensorError(LaminaError, RuntimeError):
 
 
 class CapturedTensorError(LaminaError, RuntimeError):
-    """A `torch.autograd.Function` used a tensor of an active transform that it was not given.
+    """A function with a rule of its own used a tensor of a transform that it was not given.
 
-    Its backward formula says nothing about such a tensor, so its derivative would be lost.
+    Such functions are `torch.autograd.Function`, `custom_vjp`, `custom_jvp` and `custom_vmap`. The
+    rule says nothing about a captured tensor, so its derivative would be lost.
 
     Example:
         >>> import torch
@@ -305,8 +331,9 @@ class FallbackWarning(UserWarning):
         >>> config.fallback
         'warn'
         >>> config.fallback = "silent"
-        >>> vmap(torch.histc)(torch.ones(2, 3)).shape
-        torch.Size([2, 100])
+        >>> a = torch.ones(2, 3, 4, dtype=torch.int8)
+        >>> vmap(torch._int_mm)(a, a.mT).shape
+        torch.Size([2, 3, 3])
         >>> config.fallback = "warn"
     """
 

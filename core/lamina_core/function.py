@@ -26,9 +26,10 @@ from lamina_core.alias import captured_error, refresh_all, write
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import CapturedTensorError, message
 from lamina_core.interpreter import Interpreter, run_at, thread_mode
+from lamina_core.outer import autograd_is_on
 from lamina_core.wrapper import LevelTensor, highest_interpreter, level_of, strip_dead
 
-__all__ = ["Applied", "Custom", "apply_custom", "applying"]
+__all__ = ["Applied", "Custom", "apply_custom", "apply_here", "applying"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
@@ -106,8 +107,20 @@ class Custom:
     may_write: bool = False
     has_jvp: bool = False
 
+    @property
+    def vmap_rule(self) -> Any:
+        """What a level that batches runs instead of mapping `forward`, or None.
+
+        `(info, in_dims, *args)` -> `(outputs, out_dims)`, on the values of the level below.
+        """
+        return None
+
     def forward(self, args: tuple[Any, ...], needs: Needs) -> Applied:
         """Run on the values of one level, as user code of that level."""
+        raise NotImplementedError
+
+    def set_up(self, args: tuple[Any, ...], out: Any, needs: Needs) -> Applied:
+        """`forward`, where the `vmap_rule` has computed the outputs."""
         raise NotImplementedError
 
     def backward(
@@ -148,7 +161,10 @@ def apply_custom(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied
         return _at_the_bottom(custom, args, needs)
     if interpreter.mutated:
         refresh_all(interpreter, args, {})
-    return _HANDLERS[type(interpreter)](interpreter, custom, args, needs)
+    applied = _HANDLERS[type(interpreter)](interpreter, custom, args, needs)
+    if interpreter.observer is not None:
+        interpreter.observer(custom.name, applied.outs)
+    return applied
 
 
 def _tensors_only(args: tuple[Any, ...]) -> list[Any]:
@@ -160,7 +176,7 @@ def _tensors_only(args: tuple[Any, ...]) -> list[Any]:
 
 def _at_the_bottom(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied:
     """Run forward on plain tensors; the user's own autograd sees the call where it wants to."""
-    with _sealed(custom), run_at(None):
+    with _sealed(custom), run_at(None, autocast=True):
         given = _told_apart(tuple([strip_dead(arg) for arg in args]), clone=custom.may_write)
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in given
@@ -308,15 +324,19 @@ def install(make: Callable[[type, tuple[Any, ...], dict[str, Any]], tuple[Custom
     """
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if thread_mode().top is None and not any(type(arg) in _CLASSES for arg in args):
+        # With C++ autograd on no level is concerned: the outermost caller's keys are in force, or a
+        # borrowed formula is being recorded, and the function belongs to an op of the user's own.
+        if (thread_mode().top is None or autograd_is_on()) and not any(
+            type(arg) in _CLASSES for arg in args
+        ):
             return _original(cls, *args, **kwargs)
-        return _apply(*make(cls, args, kwargs))
+        return apply_here(*make(cls, args, kwargs))
 
     _Base.apply = classmethod(apply)
 
 
-def _apply(custom: Custom, args: tuple[Any, ...]) -> Any:
-    """Apply a function as user code of the present level."""
+def apply_here(custom: Custom, args: tuple[Any, ...]) -> Any:
+    """Apply a function as user code of the present level; its one output, or a tuple of them."""
     applied = apply_custom(custom, args, (False,) * len(args))
     outs = list(applied.outs)
     for position, index in applied.written:

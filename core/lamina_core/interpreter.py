@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamina_core.config import config
 from lamina_core.errors import message
+from lamina_core.outer import BELOW_AUTOGRAD, OuterState, autocast_keys, autograd_is_on
 from lamina_core.wrapper import LevelTensor
 
 __all__ = [
-    "BELOW_AUTOGRAD",
     "Interpreter",
     "LevelMode",
-    "OuterState",
+    "asleep",
     "current_stack",
     "mode_off",
     "run_at",
@@ -37,56 +37,11 @@ __all__ = [
 
 _C = torch._C
 
-# Autograd and ADInplaceOrView are off while a transform is active: composite ops then reach Python
-# whole, no C++ graph grows on wrappers, and a view op does not chain its output to its input.
-_outside = _C._dispatch_tls_local_exclude_set()
-with _C._AutoDispatchBelowADInplaceOrView():
-    BELOW_AUTOGRAD = _C._dispatch_tls_local_exclude_set() - _outside
-
-
 # torch calls a handler with these two keys off, and an op then ignores that a plain tensor is a
 # lazy conjugate: `x.conj() * 1j` would be `x * 1j`. Each door switches them on (0.3 us).
 _see_lazy = _C._dispatch_tls_set_dispatch_key_excluded
 _CONJUGATE = _C.DispatchKey.Conjugate
 _NEGATIVE = _C.DispatchKey.Negative
-
-
-class OuterState:
-    """The dispatch-key state in force when the outermost transform was entered.
-
-    `guard` brings it back around an op on plain tensors that the user's own autograd must see.
-    """
-
-    __slots__ = ("exclude", "grad_enabled", "include")
-
-    def __init__(self) -> None:
-        self.include = _C._dispatch_tls_local_include_set()
-        self.exclude = _C._dispatch_tls_local_exclude_set()
-        self.grad_enabled = True  # cleared while a level is pushed under no_grad
-
-    def guard(self) -> _Guard:
-        """Run a block under this state (1 us, so only where a plain tensor requires grad)."""
-        return _Guard(self)
-
-
-class _Guard:
-    """Brings an outer state back for a block."""
-
-    __slots__ = ("grad_enabled", "keys", "outer")
-
-    def __init__(self, outer: OuterState) -> None:
-        self.outer = outer
-
-    def __enter__(self) -> None:
-        self.keys = _C._ForceDispatchKeyGuard(self.outer.include, self.outer.exclude)
-        self.keys.__enter__()
-        self.grad_enabled = torch.is_grad_enabled()
-        if not self.outer.grad_enabled:
-            torch._C._set_grad_enabled(False)
-
-    def __exit__(self, *exc: object) -> None:
-        torch._C._set_grad_enabled(self.grad_enabled)
-        self.keys.__exit__(None, None, None)
 
 
 class LevelMode(TorchDispatchMode):
@@ -181,6 +136,9 @@ class Interpreter:
     mutated: bool = False
     watch: bool = False  # a plain tensor that requires grad has been met at this level
     keeps_below: bool = False  # a level below keeps old values
+    asleep: str | None = None  # the function whose rule runs below, see `asleep`
+    # Told `(name, outputs)` of each function with rules of its own that is applied at this level.
+    observer: Any = None
 
     def __init__(self) -> None:
         self.written: list[LevelTensor] = []  # arguments that have been rebound by a write
@@ -200,6 +158,10 @@ class Interpreter:
                 # Not through `with mode`: it counts in globals that threads would race for.
                 self._enter(_ModeOn(mode))
                 mode.depth = _C._len_torch_dispatch_stack()
+                if torch.is_autocast_cache_enabled():
+                    # It would keep wrappers of casted weights for whoever casts them later.
+                    torch.set_autocast_cache_enabled(False)
+                    self._undo.append(_CACHE_AGAIN)
             else:
                 self.level = below.level + 1
                 if not mode.is_on():
@@ -286,6 +248,34 @@ class Interpreter:
         return kind(message(what, self.where(), *lines))
 
 
+class asleep:
+    """Let a level and those above it be as if they had been popped, for a block of a user's rule.
+
+    The rule runs below them while the function it belongs to has not returned. Constants of these
+    levels that it may have captured then stand for their values.
+    """
+
+    __slots__ = ("levels", "name", "upto")
+
+    def __init__(self, interpreter: Interpreter, name: str) -> None:
+        self.upto = interpreter.level
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.levels: list[Interpreter] = []
+        lower = _thread.mode.top
+        while lower is not None and lower.level >= self.upto:
+            if lower.alive:
+                self.levels.append(lower)
+            lower = lower.below
+        for interpreter in self.levels:
+            interpreter.alive, interpreter.asleep = False, self.name
+
+    def __exit__(self, *exc: object) -> None:
+        for interpreter in self.levels:
+            interpreter.alive, interpreter.asleep = True, None
+
+
 class _EnableAgain:
     """Undoes one `grad_enabled = False`; shaped like a context manager for the undo list."""
 
@@ -296,6 +286,16 @@ class _EnableAgain:
 
     def __exit__(self, *exc: object) -> None:
         self.owner.grad_enabled = True
+
+
+class _CacheAgain:
+    """Undoes `set_autocast_cache_enabled(False)`, as an entry of the undo list."""
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_autocast_cache_enabled(True)
+
+
+_CACHE_AGAIN = _CacheAgain()
 
 
 class _ModeOn:
@@ -346,12 +346,17 @@ class run_at:
 
     With None the block runs at level 0, under the dispatch-key state of the outermost caller.
     A rule needs this around code that is not a rule: a decomposition, a user's function or hook.
+    With `autocast` set, `torch.autocast` acts on the block as it acts on the user's code: so on
+    what a composite op is made of, but not on what stands for a kernel.
     """
 
-    __slots__ = ("guard", "interpreter", "outer", "saved", "switch")
+    __slots__ = ("autocast", "guard", "interpreter", "outer", "saved", "switch")
 
-    def __init__(self, interpreter: Interpreter | None) -> None:
+    guard: Any
+
+    def __init__(self, interpreter: Interpreter | None, *, autocast: bool = False) -> None:
         self.interpreter = interpreter
+        self.autocast = autocast
 
     def __enter__(self) -> None:
         mode = _thread.mode
@@ -363,15 +368,25 @@ class run_at:
             if self.switch is not None:
                 self.switch.__enter__()
             mode.top = self.interpreter
+            autocast = autocast_keys() if self.autocast else None
+            if autocast is not None or autograd_is_on():
+                # Autograd is on where the caller's keys are in force, for the sake of a plain
+                # tensor; but here are wrappers, which C++ autograd must not see.
+                exclude = _C._dispatch_tls_local_exclude_set() | BELOW_AUTOGRAD
+                if autocast is not None:
+                    exclude = exclude - autocast
+                include = _C._dispatch_tls_local_include_set()
+                self.guard = _C._ForceDispatchKeyGuard(include, exclude)
+                self.guard.__enter__()
             return
+        autocast = autocast_keys() if self.autocast else None
         off = mode_off()
         off.__enter__()
         self.switch = off
         mode.top = mode.outer = None
         if self.outer is not None:
-            guard = self.outer.guard()
-            guard.__enter__()
-            self.guard = guard
+            self.guard = self.outer.guard(autocast)
+            self.guard.__enter__()
 
     def __exit__(self, *exc: object) -> None:
         mode = _thread.mode

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OpFacts", "facts", "is_tensor_list_type", "is_tensor_type"]
+__all__ = ["FACTORY_OPTIONS", "OpFacts", "facts", "is_tensor_list_type", "is_tensor_type"]
 
 # Ops that are random although torch does not tag them so: they decompose into tagged ones, or draw
 # through a generator they do not name.
@@ -126,7 +126,8 @@ class OpFacts:
 
         `aten.add_.Tensor` gives `aten.add.Tensor`, `aten.sum.IntList_out` gives
         `aten.sum.dim_IntList`: the overload whose arguments are those of this one without the
-        written-only `out`s.
+        written-only `out`s. `aten.ones.out` gives `aten.ones.default`, which has `FACTORY_OPTIONS`
+        besides.
         """
         if self._functional is False:
             self._functional = _find_functional(self)
@@ -174,7 +175,19 @@ def _find_functional(known: OpFacts) -> Any:
                 continue
             if _signature(schema.arguments) == wanted:
                 return candidate
+            if known.is_out_variant() and _makes_tensors(schema):
+                rest = [a for a in schema.arguments if a.name not in FACTORY_OPTIONS]
+                if _signature(rest) == wanted:
+                    return candidate
     return None
+
+
+# What a factory is told about its result, and its `out=` variant reads off `out`.
+FACTORY_OPTIONS = ("dtype", "layout", "device", "pin_memory")
+
+
+def _makes_tensors(schema: Any) -> bool:
+    return {argument.name for argument in schema.arguments} >= set(FACTORY_OPTIONS)
 
 
 def _signature(arguments: Any) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from lamina_core.errors import MutationError, NotDifferentiableError, RuleError,
 from lamina_core.function import Applied, Custom, Needs, apply_custom, install
 from lamina_core.wrapper import LevelTensor
 
-__all__ = ["Context", "UserFunction"]
+__all__ = ["Context", "Meta", "UserFunction"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
@@ -54,7 +54,7 @@ class _Slot:
         self.index = index
 
 
-class _Meta:
+class Meta:
     """The shape, dtype and device of an argument or output."""
 
     __slots__ = ("device", "differentiable", "dtype", "shape")
@@ -79,8 +79,8 @@ class _Frame:
     saved: list[Any]
     saved_for_forward: list[Any] | None
     materialize: bool
-    ins: list[_Meta | None]
-    outs: list[_Meta | None]
+    ins: list[Meta | None]
+    outs: list[Meta | None]
 
 
 def _unwrapped(function: Any) -> list[Any]:
@@ -163,8 +163,8 @@ class UserFunction(Custom):
             if name not in _FLAGS
         }
         frame.materialize = ctx.materialize_grads
-        frame.ins = [_Meta(arg) if isinstance(arg, Tensor) else None for arg in args]
-        frame.outs = [_Meta(o) if isinstance(o, Tensor) else None for o in outs]
+        frame.ins = [Meta(arg) if isinstance(arg, Tensor) else None for arg in args]
+        frame.outs = [Meta(o) if isinstance(o, Tensor) else None for o in outs]
         constant = {id(tensor) for tensor in ctx.non_differentiable}
         dirty = {j for _, j in written}
         return Applied(
@@ -258,7 +258,7 @@ class UserFunction(Custom):
             for i, (grad, meta, need) in enumerate(zip(grads, frame.ins, needs, strict=False))
         ]
 
-    def _fitted(self, grad: Any, meta: _Meta, index: int) -> Any:
+    def _fitted(self, grad: Any, meta: Meta, index: int) -> Any:
         if not isinstance(grad, Tensor):
             raise self._bad_gradient(index, type(grad).__name__, meta)
         if grad.shape != meta.shape:
@@ -274,7 +274,7 @@ class UserFunction(Custom):
             grad = grad.to(meta.dtype)
         return grad
 
-    def _bad_gradient(self, index: int, got: str, meta: _Meta) -> RuleError:
+    def _bad_gradient(self, index: int, got: str, meta: Meta) -> RuleError:
         return RuleError(
             message(
                 f"the backward of {self.name} returned {got} as gradient {index}",

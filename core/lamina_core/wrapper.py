@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lamina_core.config import tensor_summary
-from lamina_core.errors import MutationError, message
+from lamina_core.errors import CapturedTensorError, MutationError, message
 
 if TYPE_CHECKING:
     from lamina_core.alias import ViewRecipe
@@ -119,7 +119,21 @@ class LevelTensor(torch.Tensor):
         return memo[id(self)]
 
     def dead_value(self) -> Any:
-        """What stands for this wrapper once its interpreter has been popped."""
+        """What stands for this wrapper once its interpreter has been popped.
+
+        Raises:
+            CapturedTensorError: If the level is only asleep, and this has a derivative there.
+        """
+        interpreter = self.interpreter
+        if interpreter.asleep is not None and not interpreter.is_constant(self):
+            raise CapturedTensorError(
+                message(
+                    f"a rule of {interpreter.asleep} uses a tensor that it is not given",
+                    f"it belongs to level {interpreter.level}: {interpreter}",
+                    f"captured: {self!r}",
+                    "to fix: pass the tensor to the function, and save it for the rule",
+                )
+            )
         return self.value
 
     def describe(self) -> str:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lamina.autodiff.reverse import ReverseInterpreter
-from lamina_core.alias import refresh, scatter
+from lamina_core.alias import refresh
 from lamina_core.errors import MutationError
 from lamina_core.interpreter import run_at
+from lamina_core.scatter import scatter
 
 aten = torch.ops.aten
 

@@ -39,7 +39,7 @@ def test_per_sample_gradients(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["overhead", "memory"])
+@pytest.mark.parametrize("script", ["conv_weights", "linearize", "memory", "overhead", "vmap_ops"])
 def test_benchmark(script, tmp_path):
     saved = tmp_path / "saved.json"
     out = run(f"benchmarks/{script}.py", "--quick", "--json", saved)

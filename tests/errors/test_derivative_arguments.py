@@ -128,7 +128,7 @@ def test_a_complex_loss():
         """\
 grad needs a real floating-point loss, got one of dtype torch.complex64
   while interpreting at level 1: grad
-  to fix: take its real part or its absolute value""",
+  to fix: take its real part, or pass holomorphic=True for a complex derivative""",
     )
 
 

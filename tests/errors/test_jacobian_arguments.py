@@ -6,7 +6,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import nn
 
-from lamina import hessian, jacfwd, jacrev, stack_module_state
+from lamina import hessian, jacfwd, jacobian, jacrev, stack_module_state
 from lamina_core.errors import NotDifferentiableError, StructureError
 from tests.errors.saying import said
 
@@ -22,7 +22,7 @@ def test_jacrev_of_an_integer_output():
     assert_expected_inline(
         said(NotDifferentiableError, lambda: jacrev(lambda x: (x, {"n": x.long()}))(X)),
         """\
-jacrev needs a function that returns real floating-point tensors
+jacrev needs a function that returns floating-point or complex tensors
   output[1]['n']: torch.int64 tensor of shape [2, 3]
   to fix: return other values as aux, with has_aux=True""",
     )
@@ -32,19 +32,48 @@ def test_jacfwd_of_an_integer_output():
     assert_expected_inline(
         said(NotDifferentiableError, lambda: jacfwd(lambda x: (x, {"n": x.long()}))(X)),
         """\
-jacfwd needs a function that returns real floating-point tensors
+jacfwd needs a function that returns floating-point or complex tensors
   output[1]['n']: torch.int64 tensor of shape [2, 3]
   to fix: return other values as aux, with has_aux=True""",
     )
 
 
-def test_jacrev_of_a_complex_output():
+def test_mode_of_jacobian():
     assert_expected_inline(
-        said(NotDifferentiableError, lambda: jacrev(lambda x: x * 1j)(X)),
+        said(StructureError, lambda: jacobian(first, mode="fwd")),
         """\
-jacrev needs a function that returns real floating-point tensors
-  output: torch.complex64 tensor of shape [2, 3]
+mode of jacobian is 'fwd'
+  to fix: pass 'auto', 'forward' or 'reverse'""",
+    )
+
+
+def test_jacobian_of_an_integer_output():
+    assert_expected_inline(
+        said(NotDifferentiableError, lambda: jacobian(lambda x: x.long())(X)),
+        """\
+jacobian needs a function that returns floating-point or complex tensors
+  output: torch.int64 tensor of shape [2, 3]
   to fix: return other values as aux, with has_aux=True""",
+    )
+
+
+def test_a_holomorphic_function_of_a_real_argument():
+    assert_expected_inline(
+        said(NotDifferentiableError, lambda: jacrev(first, holomorphic=True)({"x": X})),
+        """\
+jacrev got holomorphic=True, but not everything is complex
+  args[0]['x']: torch.float32 tensor of shape [2, 3]
+  to fix: leave holomorphic out, or convert with .to(torch.complex64)""",
+    )
+
+
+def test_a_holomorphic_function_with_a_real_value():
+    assert_expected_inline(
+        said(NotDifferentiableError, lambda: jacfwd(torch.abs, holomorphic=True)(X + 0j)),
+        """\
+jacfwd got holomorphic=True, but not everything is complex
+  output: torch.float32 tensor of shape [2, 3]
+  to fix: leave holomorphic out, or convert with .to(torch.complex64)""",
     )
 
 
@@ -52,7 +81,7 @@ def test_jacrev_of_a_number():
     assert_expected_inline(
         said(NotDifferentiableError, lambda: jacrev(lambda x: 3.0)(X)),
         """\
-jacrev needs a function that returns real floating-point tensors
+jacrev needs a function that returns floating-point or complex tensors
   output: float
   to fix: return other values as aux, with has_aux=True""",
     )

@@ -104,9 +104,9 @@ def test_allclose():
     assert_expected_inline(
         said(DataDependentError, lambda: vmap(lambda x: torch.allclose(x, X[0]))(X)),
         """\
-aten.allclose.default needs one Python value, but not all examples are close
+aten.allclose.default gives one Python value, and the 2 examples disagree
   while interpreting at level 1: vmap(batch_size=2, randomness='error')
-  to fix: use torch.isclose(...).all(), which gives a value per example""",
+  to fix: use torch.isclose(...).all(), which stays a tensor""",
     )
 
 
@@ -127,16 +127,6 @@ def test_dropout():
 aten.native_dropout.default draws random numbers, and vmap was not told what that means
   while interpreting at level 1: vmap(batch_size=2, randomness='error')
   to fix: pass randomness="different" for a draw per example, or "same" for one for all""",
-    )
-
-
-def test_one_draw_from_parameters_that_differ():
-    assert_expected_inline(
-        said(RandomnessError, lambda: vmap(torch.poisson, randomness="same")(X)),
-        """\
-aten.poisson.default draws from batched parameters, and randomness="same" asks for one draw
-  while interpreting at level 1: vmap(batch_size=2, randomness='same')
-  to fix: use randomness="different\"""",
     )
 
 
@@ -167,11 +157,51 @@ a batched tensor of shape [] is used after its vmap returned
 def test_no_batching_rule(monkeypatch):
     monkeypatch.setattr(config, "fallback", "error")
     assert_expected_inline(
-        said(MissingRuleError, lambda: vmap(torch.histc)(X)),
+        said(MissingRuleError, lambda: vmap(torch._test_functorch_fallback)(X, X)),
         """\
-no batching rule for aten.histc.default
+no batching rule for aten._test_functorch_fallback.default
   while interpreting at level 1: vmap(batch_size=2, randomness='error')
   registered overloads of the same op: none
   to fix: add one: transforms/lamina/vmap/rules/README.md says how
   or loop over the examples, with lamina.config.fallback = "warn\"""",
+    )
+
+
+def test_an_op_that_loops_on_purpose(monkeypatch):
+    monkeypatch.setattr(config, "fallback", "error")
+    a = torch.ones(2, 3, 4, dtype=torch.int8)
+    assert_expected_inline(
+        said(MissingRuleError, lambda: vmap(torch._int_mm)(a, a.mT)),
+        """\
+no batching rule for aten._int_mm.default: PyTorch has no product of batches of integer matrices
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  registered overloads of the same op: none
+  to fix: loop over the examples, with lamina.config.fallback = "warn\"""",
+    )
+
+
+def test_counts_of_different_lengths():
+    numbers = torch.tensor([[0, 1], [2, 1]])
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(torch.bincount)(numbers)),
+        """\
+aten.bincount.default would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: pass a minlength above every number, or use zeros(n).scatter_add(0, x, ones)""",
+    )
+
+
+def test_quantised_with_scales_of_their_own():
+    zero = torch.tensor(0)
+
+    def quantise(x, scale):
+        return torch.quantize_per_tensor(x, scale, zero, torch.qint8)
+
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(quantise)(X, torch.tensor([0.1, 0.2]))),
+        """\
+aten.quantize_per_tensor.tensor_qparams would give each example a scale of its own, and a \
+quantised tensor has one
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use torch.fake_quantize_per_tensor_affine, which stays in floating point""",
     )

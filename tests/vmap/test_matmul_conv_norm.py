@@ -63,6 +63,8 @@ WHERE = pytest.mark.parametrize("where", [0, 1, 9], ids=["first", "second", "las
         ((4,), (4, 5)),
         ((2, 4), (4,)),
         ((2, 4), (4, 5)),
+        ((2, 4), (4, 17)),
+        ((4,), (4, 17)),
         ((6, 2, 4), (4, 5)),
         ((2, 4), (6, 4, 5)),
         ((6, 2, 4), (6, 4, 5)),
@@ -85,6 +87,58 @@ def test_linear(x, where):
         agree(F.linear, args, in_dims)
     for args, in_dims in batches(x, (5, 4), where=where):
         agree(F.linear, args, in_dims)
+
+
+@WHERE
+@pytest.mark.parametrize("f", [torch.outer, torch.ger])
+def test_outer(f, where):
+    for args, in_dims in batches((4,), (5,), where=where):
+        agree(f, args, in_dims)
+
+
+@WHERE
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("ij,jk->ik", [(2, 4), (4, 5)]),
+        ("kj, ji", [(2, 4), (4, 5)]),
+        ("Ba,aC", [(2, 4), (4, 5)]),
+        ("ii", [(4, 4)]),
+        ("ii->i", [(4, 4)]),
+        ("ij->ji", [(2, 4)]),
+        ("i,j->ij", [(2,), (4,)]),
+        ("...i,...i->...", [(2, 3, 4), (3, 4)]),
+        ("i...,j...", [(2, 3, 4), (5, 1, 4)]),
+        ("aB,aC,a->BC", [(4, 2), (4, 3), (4,)]),
+        (",i->i", [(), (4,)]),
+    ],
+)
+def test_einsum(equation, shapes, where):
+    for args, in_dims in batches(*shapes, where=where):
+        agree(lambda *a: torch.einsum(equation, *a), args, in_dims)
+
+
+def test_einsum_without_a_letter_to_spare():
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    x = torch.randn(B, *[1] * 26, dtype=torch.float64)
+    equation = f"{letters[:26]},{letters[26:]}->aA"
+    agree(lambda x: torch.einsum(equation, x, x), (x,), (0,))
+
+
+@WHERE
+@pytest.mark.parametrize("f", [torch.linalg.eigvalsh, torch.linalg.svdvals, torch.linalg.eigvals])
+def test_eigenvalues(f, where):
+    """Values, and gradients, which need the vectors, at a level above and at one below."""
+
+    def total(x):
+        return f(x + 2 * x.mT).abs().square().sum()
+
+    for args, in_dims in batches((4, 4), where=where):
+        agree(lambda x: f(x + 2 * x.mT), args, in_dims)
+        agree(lambda x: lamina.grad(total)(x), args, in_dims)
+        below = lamina.grad(lambda x, d=in_dims: lamina.vmap(total, d)(x).sum())(*args)
+        above = lamina.vmap(lamina.grad(total), in_dims, in_dims[0])(*args)
+        torch.testing.assert_close(below, above)
 
 
 @pytest.mark.parametrize("beta", [0, 1, 2])
@@ -234,6 +288,54 @@ def test_recurrent_layers(kind, batched):
         *[None if batched == "input" else 0] * len(names),
     )
     agree(run, (x, *weights), in_dims)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("first", [True, False])
+def test_recurrent_states(kind, first):
+    torch.manual_seed(0)
+    layer = kind(4, 3, batch_first=first).double()
+
+    def run(x, h):
+        out, state = layer(x, (h, h.cos()) if kind is nn.LSTM else h)
+        return out.detach(), *(s.detach() for s in (state if kind is nn.LSTM else (state,)))
+
+    for where in (0, 1, 9):
+        for args, in_dims in batches((2, 5, 4), (1, 2 if first else 5, 3), where=where):
+            agree(run, args, in_dims)
+        for args, in_dims in batches((5, 4), (1, 3), where=where):  # one sequence
+            agree(run, args, in_dims)
+
+
+def test_gradients_of_shared_recurrent_weights():
+    """In both orders, and by `backward` into the weights that the function captured."""
+    torch.manual_seed(0)
+    layer = nn.LSTM(4, 3, num_layers=2).double()
+    x = torch.randn(B, 5, 2, 4, dtype=torch.float64)
+    names, leaves = zip(*layer.named_parameters(), strict=True)
+    weights = {name: leaf.detach() for name, leaf in zip(names, leaves, strict=True)}
+
+    def loss(weights, x):
+        return lamina.functional_call(layer, weights, (x,))[0].sin().sum()
+
+    total = sum(layer(row)[0].sin().sum() for row in x)
+    expected = dict(zip(names, torch.autograd.grad(total, leaves), strict=True))
+    each = lamina.vmap(lamina.grad(loss), (None, 0))(weights, x)
+    whole = lamina.grad(lambda w: lamina.vmap(loss, (None, 0))(w, x).sum())(weights)
+    lamina.vmap(lambda x: layer(x)[0].sin().sum())(x).sum().backward()
+    for name, leaf in zip(names, leaves, strict=True):
+        torch.testing.assert_close(each[name].sum(0), expected[name])
+        torch.testing.assert_close(whole[name], expected[name])
+        torch.testing.assert_close(leaf.grad, expected[name])
+
+
+def test_dropout_between_recurrent_layers_draws_as_asked():
+    layer = nn.LSTM(4, 3, num_layers=2, dropout=0.5).requires_grad_(False)
+    x = torch.randn(5, 2, 4).expand(B, 5, 2, 4)
+    same = lamina.vmap(lambda x: layer(x)[0], randomness="same")(x)
+    different = lamina.vmap(lambda x: layer(x)[0], randomness="different")(x)
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
 
 
 def test_embedding_of_tables_and_indices_with_padding():

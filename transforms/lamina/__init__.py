@@ -1,25 +1,52 @@
 """Lamina: composable function transforms for PyTorch."""
 
+import lamina.autodiff.engine
 import lamina.autodiff.function
+import lamina.checkpoint_policies
 import lamina.debug
 import lamina.vmap.function  # noqa: F401 - and under vmap
 from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
+from lamina.autodiff.linear_transpose import linear_transpose
+from lamina.autodiff.linearize import linearize
+from lamina.custom.batching import custom_vmap
+from lamina.custom.jvp import custom_jvp
+from lamina.custom.vjp import custom_vjp
+from lamina.custom.zeros import SymbolicZero
 from lamina.functional import functional_call, stack_module_state
-from lamina.jacobians import hessian, jacfwd, jacrev
+from lamina.jacobians import hessian, jacfwd, jacobian, jacrev
+from lamina.products import hvp, vhp
+from lamina.rematerialise import checkpoint, checkpoint_name
+from lamina.residuals import print_saved_residuals, saved_residuals
+from lamina.rows import Wirtinger
 from lamina.vmap.api import vmap
 from lamina_core.config import config
 
 __all__ = [
+    "SymbolicZero",
+    "Wirtinger",
+    "checkpoint",
+    "checkpoint_name",
+    "checkpoint_policies",
     "config",
+    "custom_jvp",
+    "custom_vjp",
+    "custom_vmap",
     "functional_call",
     "grad",
     "grad_and_value",
     "hessian",
+    "hvp",
     "jacfwd",
+    "jacobian",
     "jacrev",
     "jvp",
+    "linear_transpose",
+    "linearize",
+    "print_saved_residuals",
+    "saved_residuals",
     "stack_module_state",
     "value_and_grad",
+    "vhp",
     "vjp",
     "vmap",
 ]

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lamina.packed import PACKED
+from lamina.resampling import RESAMPLED
+
 __all__ = ["decomposition_of"]
 
 aten = torch.ops.aten
@@ -123,9 +126,43 @@ def transformer_encoder_layer(
     return second_norm(x + feed_forward(x))
 
 
+def dropout(input: Any, p: float, train: bool) -> Any:
+    """The input itself where nothing is dropped, as in eager mode; torch's own would copy it."""
+    if p == 0 or not train:
+        return input
+    return aten.dropout.default.decompose(input, p, train)
+
+
+def ctc_loss(
+    log_probs: Any,
+    targets: Any,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> Any:
+    """[T, N, C], ... -> [] or [N]; in C++ the mean makes a tensor that no level would see."""
+    loss, _ = aten._ctc_loss.default(
+        log_probs, targets, input_lengths, target_lengths, blank, zero_infinity
+    )
+    if zero_infinity:
+        loss = loss.masked_fill(loss.isinf(), 0)
+    if reduction == 1:
+        lengths = torch.tensor(list(target_lengths), dtype=loss.dtype, device=loss.device)
+        return (loss / lengths.clamp_min(1)).mean()
+    return loss.sum() if reduction == 2 else loss
+
+
 _TABLE: dict[Any, Callable[..., Any]] = {
     aten._native_multi_head_attention.default: native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
+    aten.ctc_loss.IntList: ctc_loss,
+    aten.dropout.default: dropout,
+    # A view and a write: there is no form out of place to put in its stead.
+    aten.fill_diagonal_.default: aten.fill_diagonal_.default.decompose,
+    **PACKED,
+    **RESAMPLED,
 }
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from lamina.autodiff.leaf import Home, unbox
+from lamina.autodiff.operands import is_known
 from lamina.autodiff.saved import without_hooks
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import NotDifferentiableError, message
+from lamina_core.interpreter import mode_off
 from lamina_core.schema import OpFacts
 from lamina_core.wrapper import LevelTensor
 
@@ -41,16 +43,23 @@ def _rrelu(
     return x * drawn, drawn
 
 
-# What is run in place of an op. C++ picks the first where it sees no tensor that requires grad,
-# which no wrapper does.
+# What is run in place of an op.
 _INSTEAD: dict[Any, Any] = {
-    aten._embedding_bag_forward_only.default: aten._embedding_bag.default,
     aten.rrelu_with_noise_functional.default: _rrelu,
 }
 
-# Forward formulas that are not to be trusted: they read an LU factorisation as a constant, which is
-# wrong at second order.
-_NO_FORWARD = frozenset((aten._linalg_det.default, aten._linalg_slogdet.default))
+# Forward formulas that are not to be trusted: they read an LU factorisation, or the statistics of a
+# batch, as constants, which is wrong at second order.
+_NO_FORWARD = frozenset(
+    (
+        aten._batch_norm_with_update.default,
+        aten._batch_norm_with_update_functional.default,
+        aten._linalg_det.default,
+        aten._linalg_slogdet.default,
+        aten.cudnn_batch_norm.default,
+        aten.miopen_batch_norm.default,
+    )
+)
 
 
 def _wrap_operands(home: Home, known: OpFacts, needs: Any, args: Any, kwargs: Any) -> Any:
@@ -96,7 +105,7 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
         out = op(*boxed, **inner)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
     values = map_tensors(unbox, out)
-    if not _is_known(known.op) and any(_is_differentiable(o) for o in outs):
+    if not is_known(known.op) and any(_is_differentiable(o) for o in outs):
         return values, (known.name, interpreter.where()), _missing_pullback
     if not any(isinstance(o, Tensor) and o.requires_grad for o in outs):
         return values, (), None
@@ -105,15 +114,6 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
 
 def _is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _is_known(op: Any) -> bool:
-    """Whether PyTorch's autograd knows the op, if only as one whose result is constant."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(has_kernel(op.name(), key) for key in _AUTOGRAD_KEYS)
-
-
-_AUTOGRAD_KEYS = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")
 
 
 def _missing_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
@@ -132,6 +132,11 @@ def _missing_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
 
 def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
     home, name, outs, leaves = residuals
+    with mode_off():  # a pass that watches for the user's own parameters runs with the mode on
+        return _pulled_back(home, name, outs, leaves, cts)
+
+
+def _pulled_back(home: Home, name: str, outs: Any, leaves: Any, cts: Any) -> Any:
     # A pullback may be called at another level and under other keys than the op was.
     home.capture()
     wanted = [leaf for leaf in leaves if leaf is not None]
@@ -216,7 +221,7 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
         return None
     # Some ops drop a tangent they have no formula for, so no tangent at all says nothing. What has
     # been drawn is kept: the two pullbacks would draw again.
-    doubtful = _is_zero(found[1]) and not (known.is_random and _is_known(known.op))
+    doubtful = _is_zero(found[1]) and not (known.is_random and is_known(known.op))
     return None if doubtful else found
 
 

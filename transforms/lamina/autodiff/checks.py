@@ -21,14 +21,17 @@ from lamina_core.errors import (
 )
 
 __all__ = [
+    "as_pair",
     "choose",
     "describe",
     "is_differentiable",
     "match",
     "named_leaves",
+    "need_complex",
     "need_differentiable",
     "scalar_loss",
     "split_aux",
+    "structure_text",
 ]
 
 Tensor = torch.Tensor
@@ -96,13 +99,17 @@ def choose(args: tuple[Any, ...], argnums: Any, name: str) -> list[int]:
     return positions
 
 
+# Transforms that differentiate all of their positional arguments.
+_OF_PRIMALS = ("hvp", "jvp", "linear_transpose", "linearize", "vhp", "vjp")
+
+
 def need_differentiable(
     leaves: list[Any], args: Sequence[Any], chosen: Sequence[int], name: str
 ) -> None:
     """Raise unless one of `leaves`, those of the chosen arguments, can be differentiated."""
     if any(is_differentiable(leaf) for leaf in leaves):
         return
-    by_position = name in ("vjp", "jvp")
+    by_position = name in _OF_PRIMALS
     called = "primals" if by_position else "args"
     named = [pair for at in chosen for pair in named_leaves(f"{called}[{at}]", args[at])]
     other = "" if by_position else ", or choose another argument with argnums"
@@ -115,8 +122,49 @@ def need_differentiable(
     )
 
 
-def scalar_loss(interpreter: Any, values: list[Any], spec: Any) -> Any:
-    """The loss, if it is one real tensor of shape ().
+def as_pair(name: str, primals: Any, tangents: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Primals and tangents as two tuples.
+
+    Raises:
+        StructureError: If one of them is neither a tuple nor a list.
+    """
+    if isinstance(primals, (tuple, list)) and isinstance(tangents, (tuple, list)):
+        return tuple(primals), tuple(tangents)
+    raise StructureError(
+        message(
+            f"{name} got primals of type {type(primals).__name__} and tangents of type "
+            f"{type(tangents).__name__}",
+            "to fix: pass a tuple of arguments and a tuple of their tangents",
+        )
+    )
+
+
+def need_complex(called: str, tree: Any, name: str) -> None:
+    """Raise if a differentiable leaf of a tree is real, for `holomorphic=True`.
+
+    Args:
+        called: How messages call the tree.
+        tree: Arguments, or an output.
+        name: The transform.
+
+    Raises:
+        NotDifferentiableError: If there is such a leaf.
+    """
+    for path, leaf in named_leaves(called, tree):
+        if is_differentiable(leaf) and not leaf.is_complex():
+            raise NotDifferentiableError(
+                message(
+                    f"{name} got holomorphic=True, but not everything is complex",
+                    f"{path}: {describe(leaf)}",
+                    "to fix: leave holomorphic out, or convert with .to(torch.complex64)",
+                )
+            )
+
+
+def scalar_loss(
+    interpreter: Any, values: list[Any], spec: Any, *, holomorphic: bool = False
+) -> Any:
+    """The loss, if it is one tensor of shape (): complex if `holomorphic`, else real.
 
     Raises:
         NonScalarLossError: If it is not.
@@ -132,11 +180,17 @@ def scalar_loss(interpreter: Any, values: list[Any], spec: Any) -> Any:
                 if single
                 else "to fix: reduce it, with .sum() or .mean()",
             )
-        if not loss.is_floating_point():
+        if holomorphic and not loss.is_complex():
+            raise interpreter.error(
+                NonScalarLossError,
+                f"grad got holomorphic=True, but a loss of dtype {loss.dtype}",
+                "to fix: leave holomorphic out, for the gradient of a real loss",
+            )
+        if not holomorphic and not loss.is_floating_point():
             raise interpreter.error(
                 NonScalarLossError,
                 f"grad needs a real floating-point loss, got one of dtype {loss.dtype}",
-                "to fix: take its real part or its absolute value"
+                "to fix: take its real part, or pass holomorphic=True for a complex derivative"
                 if loss.is_complex()
                 else "to fix: compute the loss with floating-point tensors",
             )
@@ -185,8 +239,8 @@ def match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[
         raise TangentError(
             message(
                 f"the structure of {what} is not that of {of}",
-                f"{of}: {_structure(spec)}",
-                f"{what}: {_structure(given_spec)}",
+                f"{of}: {structure_text(spec)}",
+                f"{what}: {structure_text(given_spec)}",
                 f"to fix: pass one entry of {what} for each leaf of {of}, None for zero",
             )
         )
@@ -207,7 +261,7 @@ def match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[
     return found
 
 
-def _structure(spec: Any) -> str:
+def structure_text(spec: Any) -> str:
     """The structure of a tree, with a star for each leaf: `{'b': *, 'w': *}`."""
     text = re.sub(r"(, NoneIsLeaf)?(, namespace='\w*')?\)$", "", str(spec))
     return text.removeprefix("PyTreeSpec(")

@@ -6,6 +6,7 @@
 | `linear(op, transpose)` | ops linear in their one operand | the transposed map |
 | `multilinear(op, *transposes)` | ops linear in each operand | the transposed map in each |
 | `constant(*ops)` | ops whose outputs have no derivative | - |
+| `@decomposition(op)` | kernels without a formula of their own | the same in other ops |
 | `@vjp_rule(op)`, `@jvp_rule(op)` | the rest | by hand |
 
 # NOTE [Names say what is saved]
@@ -39,6 +40,7 @@ __all__ = [
     "Needed",
     "Pointwise",
     "constant",
+    "decomposition",
     "jvp_rule",
     "linear",
     "multilinear",
@@ -202,6 +204,23 @@ def constant(*ops: Any) -> None:
     """Declare ops whose outputs do not depend differentiably on anything."""
     for op in ops:
         _declare(op, Constant(op), None)
+
+
+def decomposition(*ops: Any) -> Callable[[Any], Any]:
+    """Register the decorated function as what the given overloads are made of, in both modes.
+
+    It has the op's own signature and runs as code of the level, on the wrappers themselves, when an
+    operand is one of them. Registered for the backward of a fused op it gives the second
+    derivative: the first pullback calls the fused backward on values of the level below.
+    """
+
+    def register(function: Any) -> Any:
+        for op in ops:
+            REVERSE.register(op, function, state="decomposed")
+            FORWARD.register(op, function, state="decomposed")
+        return function
+
+    return register
 
 
 def vjp_rule(*ops: Any) -> Callable[[Any], Any]:

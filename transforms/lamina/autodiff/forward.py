@@ -8,12 +8,20 @@ import torch
 
 from lamina.autodiff import rules as _rules
 from lamina.autodiff.borrowed import borrowed_jvp
-from lamina.autodiff.declare import FORWARD, REVERSE, Constant, Linear, Multilinear, Pointwise
+from lamina.autodiff.declare import (
+    FORWARD,
+    REVERSE,
+    Constant,
+    Linear,
+    Multilinear,
+    Pointwise,
+)
 from lamina.autodiff.operands import (
     Split,
     constant_outputs,
     decompose_handler,
     derivative_state,
+    in_any_layout,
     pass_through,
     split,
 )
@@ -22,7 +30,13 @@ from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina.decompositions import decomposition_of
 from lamina_core.alias import mutate, record_views, refresh_all
-from lamina_core.dispatch import call_one, call_two, needs_guard, watched
+from lamina_core.dispatch import (
+    call_one,
+    call_two,
+    needs_guard,
+    under_autocast,
+    watched,
+)
 from lamina_core.interpreter import Interpreter, mode_off, run_at
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor, shares_memory
@@ -43,9 +57,13 @@ class ForwardInterpreter(Interpreter):
     differentiates = True
     handlers: ClassVar[dict[int, Any]] = {}
 
+    def __init__(self, name: str = "jvp") -> None:
+        super().__init__()
+        self.name = name
+
     def __str__(self) -> str:
         """The transform as the user wrote it."""
-        return "jvp"
+        return self.name
 
     # HOT: every op of user code inside jvp comes through here.
     def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,14 +118,16 @@ def _resolve(op: Any) -> Any:
     known = facts(op)
     rule = FORWARD.lookup(op)
     if rule is None:
+        if decomposition_of(op) is not None:
+            return decompose_handler(decomposition_of(op))
         if known.mutated:
             return mutate
         if known.is_composite:
             return decompose_handler(op.decompose)
-        if decomposition_of(op) is not None:
-            return decompose_handler(decomposition_of(op))
         return _rule_handler(known, _generic_rule(known))
     declaration = rule.function
+    if rule.state == "decomposed":
+        return decompose_handler(declaration)
     if isinstance(declaration, Pointwise):
         return _pointwise_handler(known, declaration)
     if isinstance(declaration, Linear):
@@ -120,7 +140,7 @@ def _resolve(op: Any) -> Any:
     def by_hand(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
         return declaration(tangents, *args, **kwargs)
 
-    return _rule_handler(known, by_hand)
+    return under_autocast(op, _rule_handler(known, by_hand))
 
 
 def _rule_handler(known: OpFacts, rule: Any) -> Any:
@@ -288,10 +308,11 @@ def _push(function: Any, wish: Any, tangent: Any, out: Any, x: Any, y: Any) -> A
 
 def _linear_rule(declared: Linear) -> Any:
     known = declared.known
+    push = in_any_layout(known)
 
     def rule(interpreter: Any, tangents: Any, args: Any, kwargs: Any) -> Any:
         out = known.call(*args, **kwargs)
-        return out, None if tangents[0] is None else known.call(tangents[0], *args[1:], **kwargs)
+        return out, None if tangents[0] is None else push(tangents[0], *args[1:], **kwargs)
 
     return rule
 

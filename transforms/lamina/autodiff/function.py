@@ -10,7 +10,8 @@ from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node, backward
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
-from lamina_core.interpreter import run_at, thread_mode
+from lamina_core.interpreter import asleep, run_at, thread_mode
+from lamina_core.wrapper import strip_dead
 
 __all__: list[str] = []
 
@@ -82,11 +83,12 @@ def _apply_jvp(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: N
     applied = apply_custom(custom, _values(interpreter, args), below)
     out_ts: list[Any] = [None] * len(applied.outs)
     if any(mine):
-        with run_at(interpreter.below):
+        with asleep(interpreter, custom.name), run_at(interpreter.below):
             if custom.has_jvp:
                 out_ts = custom.jvp(applied.tensors, applied.rest, tangents)
             else:
                 out_ts = _transposed(custom, applied, mine, tangents)
+            out_ts = [strip_dead(out_t) for out_t in out_ts]
     outs = []
     for i, (out, out_t) in enumerate(zip(applied.outs, out_ts, strict=True)):
         if isinstance(out, Tensor):
@@ -109,6 +111,7 @@ def _transposed(custom: Custom, applied: Applied, mine: Needs, tangents: list[An
     with ReverseInterpreter("jvp by two vjps") as inner, torch.enable_grad():
         cts = [None if zero is None else inner.leaf(zero) for zero in zeros]
         pulled = custom.backward(applied.tensors, applied.rest, mine, cts)
+        pulled = [strip_dead(ct) for ct in pulled]
         positions = [
             (ct.node, ct.index) if inner.is_own(ct) and ct.node is not None else None
             for ct in pulled

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lamina_core.dispatch import lower, map_tensors
-from lamina_core.interpreter import BELOW_AUTOGRAD
+from lamina_core.outer import BELOW_AUTOGRAD
 from lamina_core.schema import facts
 from lamina_core.wrapper import make_wrapper
 

@@ -11,13 +11,15 @@ from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, ten
 from lamina_core.interpreter import run_at
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor
+from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = [
     "Split",
     "constant_outputs",
     "decompose_handler",
     "derivative_state",
+    "in_any_layout",
+    "is_known",
     "pass_through",
     "split",
 ]
@@ -62,13 +64,19 @@ def split(interpreter: Any, known: OpFacts, args: Any, kwargs: Any) -> Split:
             operands.append(None)
             continue
         arg = values[position]
-        operands.append(arg)
         kind = type(arg)
         if kind is wrapper and arg.interpreter is interpreter:
             found.own = True
             values[position] = arg.value
-        elif kind not in _CLASSES and isinstance(arg, Tensor) and needs_guard(arg):
+        elif kind in _CLASSES:
+            if not arg.interpreter.alive:  # it may stand for a value of this level
+                arg = values[position] = strip_dead(arg)
+                if interpreter.is_own(arg):
+                    found.own = True
+                    values[position] = arg.value
+        elif isinstance(arg, Tensor) and needs_guard(arg):
             found.grads = True
+        operands.append(arg)
     if known.list_args or known.tensor_kwargs:
         kwargs = _split_rest(interpreter, known, found, values, kwargs)
     found.args = tuple(values)
@@ -82,6 +90,7 @@ def _split_rest(
     """The operands in lists and keyword-only arguments; returns the new keyword arguments."""
 
     def unbox(arg: Any) -> Any:
+        arg = strip_dead(arg)
         found.operands.append(arg)
         if interpreter.is_own(arg):
             found.own = True
@@ -129,10 +138,22 @@ def decompose_handler(decomposition: Any) -> Any:
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         if not any(interpreter.is_own(t) for t in tensors_in(args, kwargs)):
             return pass_down(interpreter, op, args, kwargs)
-        with run_at(interpreter):
+        with run_at(interpreter, autocast=facts(op).is_composite):
             return decomposition(*args, **kwargs)
 
     return handle
+
+
+# The memory of a tangent need not be laid out like that of its primal.
+_IN_ANY_LAYOUT = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default._op,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default._op,
+}
+
+
+def in_any_layout(known: OpFacts) -> Any:
+    """What does to a tangent what a linear op does to its primal."""
+    return _IN_ANY_LAYOUT.get(known.op, known.call)
 
 
 def derivative_state(table: RuleTable, op: Any) -> str:
@@ -141,9 +162,21 @@ def derivative_state(table: RuleTable, op: Any) -> str:
     rule = table.lookup(op)
     if rule is not None:
         return rule.state
+    if decomposition_of(op) is not None:
+        return "decomposed"
     if known.mutated:
         counterpart = known.functional()
         return "missing" if counterpart is None else derivative_state(table, counterpart)
-    if known.is_composite or decomposition_of(op) is not None:
+    if known.is_composite:
         return "decomposed"
-    return "generic"
+    return "generic" if is_known(op) else "missing"
+
+
+def is_known(op: Any) -> bool:
+    """Whether PyTorch's autograd knows the op, if only as one whose result is constant."""
+    name = op.name()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return torch._C._dispatch_has_kernel(name) and any(has_kernel(name, k) for k in _AUTOGRAD_KEYS)
+
+
+_AUTOGRAD_KEYS = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")

@@ -37,7 +37,13 @@ from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompositions import decomposition_of
 from lamina_core.alias import ViewRecipe, mutate, record_views, refresh_all
-from lamina_core.dispatch import call_one, call_two, needs_guard, watched
+from lamina_core.dispatch import (
+    call_one,
+    call_two,
+    needs_guard,
+    under_autocast,
+    watched,
+)
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor, shares_memory
@@ -135,20 +141,22 @@ def _resolve(op: Any) -> Any:
     known = facts(op)
     rule = REVERSE.lookup(op)
     if rule is None:
+        if decomposition_of(op) is not None:
+            return decompose_handler(decomposition_of(op))
         if known.mutated:
             return mutate
         if known.is_composite:
             return decompose_handler(op.decompose)
-        if decomposition_of(op) is not None:
-            return decompose_handler(decomposition_of(op))
         return _rule_handler(known, None)
+    if rule.state == "decomposed":
+        return decompose_handler(rule.function)
     if isinstance(rule.function, Pointwise):
         return _pointwise_handler(known, rule.function)
     if isinstance(rule.function, Constant):
         return _constant_handler(known)
     if isinstance(rule.function, Linear):
         return _linear_handler(known, rule.function)
-    return _rule_handler(known, rule_function(op))
+    return under_autocast(op, _rule_handler(known, rule_function(op)))
 
 
 def rule_function(op: Any) -> Any:

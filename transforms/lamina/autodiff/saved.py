@@ -27,7 +27,8 @@ from torch.utils import checkpoint
 
 from lamina.autodiff.leaf import LeafTensor
 from lamina.autodiff.swapped import in_place, present
-from lamina_core.interpreter import BELOW_AUTOGRAD, Interpreter, OuterState, run_at, thread_mode
+from lamina_core.interpreter import Interpreter, run_at, thread_mode
+from lamina_core.outer import BELOW_AUTOGRAD, OuterState
 from lamina_core.wrapper import LevelTensor, make_wrapper
 
 __all__ = ["Packed", "new_group", "pack", "without_hooks"]
@@ -125,6 +126,15 @@ class Packed:
         if plain.requires_grad:
             return residual  # what hooks give back would be unknown to the user's own autograd
         return _Item(layers, self.hooks.pack(plain))
+
+    def held(self) -> Any:
+        """What the hooks have given for the residuals, and those that they were not given."""
+        return self._held(self.items)
+
+    def _held(self, item: Any) -> Any:
+        if type(item) is tuple or type(item) is list:
+            return [self._held(one) for one in item]
+        return item.packed if type(item) is _Item else item
 
     def unpack(self, group: Any) -> Any:
         """The residuals; under one group a checkpointed function runs again only once."""

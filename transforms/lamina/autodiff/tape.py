@@ -16,14 +16,16 @@ import torch
 
 from lamina.autodiff import saved as _saved
 from lamina.autodiff.leaf import LeafTensor
+from lamina_core.alias import stamp
 from lamina_core.config import config
 from lamina_core.errors import MutationError, RuleError, message
-from lamina_core.wrapper import shares_memory
+from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["Node", "accumulate", "backward", "move_residuals"]
 
 _sequence = itertools.count(1)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 
 # (residuals, needs, *cotangents) -> one cotangent or None per tensor operand
@@ -40,7 +42,7 @@ class Node:
         needs: Which tensor operands want a cotangent.
         parents: For each operand that does, `(node, output index)`; None for the others.
         outputs: How many outputs the op has.
-        versions: Versions of the residuals that are plain tensors, to notice writes to them.
+        versions: What `stamp` says of the residuals that are tensors, to notice writes to them.
     """
 
     __slots__ = (
@@ -62,7 +64,7 @@ class Node:
         needs: tuple[bool, ...],
         parents: tuple[tuple[Node, int] | None, ...],
         outputs: int = 1,
-        versions: Sequence[int | None] | None = None,
+        versions: Sequence[Any] | None = None,
     ) -> None:
         self.name = name
         self.pullback = pullback
@@ -78,33 +80,26 @@ class Node:
         self.versions = _versions(residuals) if versions is None else versions
 
 
-def _written_over(node: Node) -> MutationError:
+def _written_over(node: Node, residual: Any) -> MutationError:
     """The error for a residual that has been written to since it was saved."""
-    lines = [
-        f"residual {position} of shape {list(residual.shape)}: version {residual._version}, "
-        f"saved at version {version}"
-        for position, (residual, version) in enumerate(
-            zip(node.residuals or (), node.versions, strict=True)
-        )
-        if version is not None and residual._version != version
-    ]
     return MutationError(
         message(
             f"a tensor that the gradient of {node.name} needs was written to in place",
-            *lines,
+            f"it has the shape {list(residual.shape)}",
             "to fix: write to a clone of it",
         )
     )
 
 
-def _versions(residuals: Any) -> list[int | None]:
+def _versions(residuals: Any) -> list[Any]:
+    # HOT: for plain tensors, the stamp without a call.
     try:
-        return [r._version if type(r) in _PLAIN else None for r in residuals]
-    except RuntimeError:
-        # Inference tensors keep no version; nothing can be noticed for them.
         return [
-            r._version if type(r) in _PLAIN and not r.is_inference() else None for r in residuals
+            r._version if type(r) in _PLAIN else stamp(r) if type(r) in _CLASSES else None
+            for r in residuals
         ]
+    except RuntimeError:  # inference tensors have no version to ask for
+        return [stamp(r) if type(r) in _PLAIN or type(r) in _CLASSES else None for r in residuals]
 
 
 def accumulate(into: list[Any], index: int, ct: Any, owned: set[int]) -> None:
@@ -175,8 +170,10 @@ def backward(
             group = group or _saved.new_group()
             residuals = residuals.unpack(group)
         for residual, version in zip(residuals, node.versions):  # noqa: B905 - HOT
-            if version is not None and residual._version != version:
-                raise _written_over(node)
+            if version is not None and version != (
+                residual._version if type(version) is int else stamp(residual)
+            ):
+                raise _written_over(node, residual)
         residual = None
         cts = pullback(residuals, node.needs, *received)
         if owned:

@@ -11,7 +11,13 @@ import torch
 
 from lamina.vmap.dims import logical_rank
 
-__all__ = ["block_rank", "example_numbers", "is_mask", "masks_to_numbers", "place_of_block"]
+__all__ = [
+    "block_rank",
+    "example_numbers",
+    "is_mask",
+    "masks_to_numbers",
+    "place_of_block",
+]
 
 
 def is_mask(index: Any) -> bool:

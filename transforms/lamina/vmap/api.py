@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from lamina.vmap.chunks import Gathered
 from lamina.vmap.interpreter import VmapInterpreter
+from lamina.vmap.randomness import Part
 from lamina_core import pytree
 from lamina_core.errors import BatchSizeError, StructureError, message
+from lamina_core.wrapper import LevelTensor
 
 __all__ = ["vmap"]
 
+_CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 
 
@@ -35,9 +39,11 @@ def vmap(
         out_dims: Where the batch dim goes in each output; None returns an output that is the same
             for every example without a batch dim.
         randomness: What random ops do: "error", "same" (all examples share one draw) or
-            "different" (a draw per example).
+            "different" (a draw per example). With "different", `torch.randn(3)` gives the numbers
+            that `torch.randn(batch_size, 3)` gives outside, for the same seed.
         chunk_size: Map over at most this many examples at a time, which bounds memory. The chunks
-            are computed one after the other and concatenated.
+            are computed one after the other, and their results put into one tensor. For one seed
+            every chunk size gives the same numbers; each chunk draws those of all examples for it.
 
     Returns:
         A function of the same arguments, where mapped ones have one more dim. Keyword arguments
@@ -115,9 +121,11 @@ def vmap_flat(
     randomness: str,
     size: int,
     kwargs: dict[str, Any],
+    part: Part | None = None,
 ) -> Any:
     """`vmap` of flattened arguments whose dims and batch size have been checked."""
     with VmapInterpreter(size, randomness) as interpreter:
+        interpreter.part = part
         lifted = [
             leaf if dim is None else interpreter.lift(leaf, dim)
             for leaf, dim in zip(leaves, dims, strict=True)
@@ -146,9 +154,10 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
             results.append(value)
             continue
         bdim = None
+        value = _without_dead(interpreter, value)
         if interpreter.is_own(value):
-            bdim = value.bdim  # type: ignore[attr-defined]
-            value = value.value  # type: ignore[attr-defined]
+            bdim = value.bdim
+            value = value.value
         if dim is None:
             if bdim is not None:
                 raise interpreter.error(
@@ -170,6 +179,13 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
             bdim = 0
         results.append(value if bdim == dim % rank else value.movedim(bdim, dim))
     return pytree.unflatten(out_spec, results)
+
+
+def _without_dead(interpreter: VmapInterpreter, value: Any) -> Any:
+    """What an output of a level that has just been popped stands for at this one."""
+    while type(value) in _CLASSES and not value.interpreter.alive and not interpreter.is_own(value):
+        value = value.dead_value()
+    return value
 
 
 def _output_path(out: Any, index: int) -> str:
@@ -272,24 +288,32 @@ def _in_chunks(
     chunk_size: int,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run chunk after chunk and concatenate; under "same" each chunk sees the same random state."""
-    state = torch.get_rng_state() if randomness == "same" else None
-    outs: list[list[Any]] = []
+    """Run chunk after chunk; each of them starts from the same random state."""
+    part = Part(size) if randomness != "error" else None
+    gathered: list[Gathered] = []
     out_spec: Any = None
     for start in range(0, size, chunk_size):
-        if state is not None:
-            torch.set_rng_state(state)
         count = min(chunk_size, size - start)
-        part = [
+        pieces = [
             leaf if dim is None else leaf.narrow(dim, start, count)
             for leaf, dim in zip(leaves, dims, strict=True)
         ]
-        out = vmap_flat(func, part, spec, dims, out_dims, randomness, count, kwargs)
+        out = vmap_flat(
+            func,
+            pieces,
+            spec,
+            dims,
+            out_dims,
+            randomness,
+            count,
+            kwargs,
+            None if part is None else part.at(start),
+        )
         flat, out_spec = pytree.flatten(out)
-        outs.append(flat)
-    wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
-    results = [
-        parts[0] if dim is None or not isinstance(parts[0], Tensor) else torch.cat(parts, dim)
-        for parts, dim in zip(zip(*outs, strict=True), wanted, strict=True)
-    ]
-    return pytree.unflatten(out_spec, results)
+        if not gathered:
+            wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
+            gathered = [Gathered(dim, size) for dim in wanted]
+        for output, leaf in zip(gathered, flat, strict=True):
+            output.add(leaf)
+        del out, flat
+    return pytree.unflatten(out_spec, [output.result() for output in gathered])

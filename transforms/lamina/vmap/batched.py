@@ -37,8 +37,8 @@ class BatchedTensor(LevelTensor):
 
     def dead_value(self) -> Any:
         """An unbatched value stands for itself; a batched one has no meaning outside its vmap."""
-        if self.bdim is None:
-            return self.value
+        if self.bdim is None or self.interpreter.asleep is not None:
+            return super().dead_value()
         raise EscapedTensorError(
             message(
                 f"a batched tensor of shape {list(self.shape)} is used after its vmap returned",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lamina.vmap.looped import LOOPED
 from lamina.vmap.table import RULES
 from lamina_core.config import config
 from lamina_core.errors import DataDependentError, FallbackWarning, MissingRuleError, message
@@ -20,23 +21,27 @@ _WARNED: set[str] = set()
 
 def note_fallback(interpreter: Any, known: OpFacts) -> None:
     """Say once per op that it runs example by example, or refuse to."""
+    reason = LOOPED.get(known.op)
     if config.fallback == "error":
         raise interpreter.error(
             MissingRuleError,
-            f"no batching rule for {known.name}",
+            f"no batching rule for {known.name}" + (f": {reason}" if reason else ""),
             "registered overloads of the same op: "
             + (", ".join(RULES.siblings(known.op)) or "none"),
-            "to fix: add one: transforms/lamina/vmap/rules/README.md says how",
-            'or loop over the examples, with lamina.config.fallback = "warn"',
+            "" if reason else "to fix: add one: transforms/lamina/vmap/rules/README.md says how",
+            f"{'to fix:' if reason else 'or'} loop over the examples, with "
+            'lamina.config.fallback = "warn"',
         )
     if config.fallback == "warn" and known.name not in _WARNED:
         _WARNED.add(known.name)
+        advice = "add a rule (torch.library.register_vmap for an op of your own), or "
         warnings.warn(
             message(
                 f"no batching rule for {known.name}: it runs example by example, which is slow",
                 interpreter.where(),
-                "to fix: add a rule (torch.library.register_vmap for an op of your own), or "
-                'silence this with lamina.config.fallback = "silent"',
+                reason or "",
+                f"to fix: {'' if reason else advice}silence this with "
+                'lamina.config.fallback = "silent"',
             ),
             FallbackWarning,
             stacklevel=2,
@@ -81,6 +86,12 @@ def _take(value: Any, dim: Any, index: int, size: int) -> Any:
 def _stack(interpreter: Any, op: Any, outs: list[Any], size: int) -> tuple[Any, Any]:
     first = outs[0]
     if isinstance(first, Tensor):
+        if first.is_quantized:  # a stack would have the scale of the first
+            raise interpreter.error(
+                DataDependentError,
+                f"{op} gives each example a quantised tensor, with a scale of its own",
+                "to fix: use torch.fake_quantize_per_tensor_affine, which stays in floating point",
+            )
         if any(out.shape != first.shape for out in outs):
             raise interpreter.error(
                 DataDependentError,

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from lamina.vmap.interpreter import VmapInterpreter
+from lamina.vmap.user_ops import wrap_answer
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import RuleError
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
-from lamina_core.interpreter import run_at
-from lamina_core.user_function import UserFunction
+from lamina_core.interpreter import asleep, run_at
 
 __all__ = ["VmapInfo"]
 
@@ -35,7 +35,7 @@ def _apply(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs
         applied = apply_custom(custom, values, needs)
         outs = [map_tensors(interpreter.constant, out) for out in applied.outs]
         return applied.lifted(args, outs)
-    if isinstance(custom, UserFunction) and custom.vmap_rule is not None:
+    if custom.vmap_rule is not None:
         return _by_rule(interpreter, custom, args, values, dims, needs)
     mapped = _Mapped(custom, interpreter.batch_size, interpreter.randomness, dims)
     applied = apply_custom(mapped, values, needs)
@@ -52,7 +52,7 @@ def _apply(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs
 
 def _by_rule(
     interpreter: Any,
-    custom: UserFunction,
+    custom: Custom,
     args: tuple[Any, ...],
     values: tuple[Any, ...],
     dims: tuple[int | None, ...],
@@ -60,48 +60,11 @@ def _by_rule(
 ) -> Applied:
     """Run the user's rule as code of the level below, and set its context up at this one."""
     info = VmapInfo(interpreter.batch_size, interpreter.randomness)
-    with run_at(interpreter.below):
+    with asleep(interpreter, custom.name), run_at(interpreter.below):
         answer = custom.vmap_rule(info, dims, *values)
-    if not isinstance(answer, tuple) or len(answer) != 2:
-        raise interpreter.error(
-            RuleError,
-            f"the vmap of {custom.name} returned {type(answer).__name__}",
-            "to fix: return a pair (output, out_dims)",
-        )
-    out, out_dims = answer
-    if isinstance(out, tuple):
-        if out_dims is None or isinstance(out_dims, int):
-            out_dims = (out_dims,) * len(out)
-        if not isinstance(out_dims, (tuple, list)) or len(out_dims) != len(out):
-            raise interpreter.error(
-                RuleError,
-                f"the vmap of {custom.name} returned {len(out)} outputs and out_dims {out_dims!r}",
-                "to fix: return one int or None for each output",
-            )
-        wrapped: Any = tuple(
-            [_answer(interpreter, custom, o, d) for o, d in zip(out, out_dims, strict=True)]
-        )
-    else:
-        wrapped = _answer(interpreter, custom, out, out_dims)
+    wrapped = wrap_answer(interpreter, custom.name, answer)
     with run_at(interpreter):
         return custom.set_up(args, wrapped, needs)
-
-
-def _answer(interpreter: Any, custom: Custom, out: Any, dim: Any) -> Any:
-    if not isinstance(out, Tensor):
-        return out
-    if dim is None:
-        return interpreter.constant(out)
-    rank = out.dim()
-    size = interpreter.batch_size
-    if not isinstance(dim, int) or not -rank <= dim < rank or out.shape[dim] != size:
-        raise interpreter.error(
-            RuleError,
-            f"the vmap of {custom.name} returned an output of shape {list(out.shape)} with "
-            f"out_dims {dim!r}",
-            f"to fix: name a dim of size {size}, the batch size, or None",
-        )
-    return _box(interpreter, out, dim % rank)
 
 
 def _box(interpreter: Any, value: Any, bdim: int) -> Any:

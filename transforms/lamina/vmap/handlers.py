@@ -16,6 +16,12 @@ from lamina.vmap.batched import BatchedTensor, wrap, wrap_like
 from lamina.vmap.dims import EmptyBatchError, pad_rank
 from lamina.vmap.fallback import loop_over_examples, note_fallback
 from lamina.vmap.randomness import batch_random
+from lamina.vmap.states import (
+    decomposition_under_vmap,
+    depends_on_data,
+    is_plain_pointwise,
+    random_decomposition,
+)
 from lamina.vmap.table import RULES, Info
 from lamina.vmap.writes import in_place_handler
 from lamina_core.alias import record_views
@@ -28,6 +34,7 @@ from lamina_core.dispatch import (
     needs_guard,
     pass_down,
     tensors_in,
+    under_autocast,
     watched,
 )
 from lamina_core.errors import (
@@ -37,47 +44,13 @@ from lamina_core.errors import (
 from lamina_core.interpreter import run_at
 from lamina_core.rules import Rule
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor, shares_memory
+from lamina_core.wrapper import LevelTensor, shares_memory, strip_dead
 
-__all__ = ["Handler", "resolve", "state_of"]
+__all__ = ["Handler", "resolve", "unwrap"]
 
 Handler = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
-
-
-def state_of(op: Any) -> str:
-    """Which of the five states of `lamina_core.rules.STATES` an op is in under vmap."""
-    known = facts(op)
-    rule = RULES.lookup(op)
-    if rule is not None:
-        return rule.state
-    if known.is_random or (known.is_pointwise and _is_plain_pointwise(known)):
-        return "family"
-    if known.mutated:
-        counterpart = known.functional()
-        return "missing" if counterpart is None else state_of(counterpart)
-    if known.is_composite or _decomposition(op) is not None:
-        return "decomposed"
-    return "generic"
-
-
-def _decomposition(op: Any) -> Any:
-    """Ours, or PyTorch's into other ATen ops; those into its primitives lead nowhere here."""
-    fused = decomposition_of(op)
-    if fused is not None:
-        return fused
-    found = torch._decomp.decomposition_table.get(op)
-    return None if found is None or found.__module__.startswith("torch._refs") else found
-
-
-def _is_plain_pointwise(known: OpFacts) -> bool:
-    return (
-        bool(known.tensor_args)
-        and not known.list_args
-        and not known.tensor_kwargs
-        and known.returns == ("tensor",)
-    )
 
 
 def resolve(op: Any) -> Handler:
@@ -86,21 +59,19 @@ def resolve(op: Any) -> Handler:
     rule = RULES.lookup(op)
     if rule is not None:
         if rule.state == "decomposed":
-            return _decompose_handler(rule.function)
-        return _rule_handler(rule, known)
-    if known.mutated:
+            return _decompose_handler(known, rule.function)
+        return under_autocast(op, _rule_handler(rule, known))
+    if known.mutated and decomposition_of(op) is None:
         return in_place_handler(known)
     if known.is_random:
         return _random_handler(known)
-    if known.is_pointwise and _is_plain_pointwise(known):
+    if known.is_pointwise and is_plain_pointwise(known):
         return _unary_handler(known) if len(known.tensor_args) == 1 else _nary_handler(known)
-    if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
+    if depends_on_data(op):
         return _data_dependent_handler(known)
-    if known.is_composite:
-        return _decompose_handler(op.decompose)
-    decomposition = _decomposition(op)
+    decomposition = decomposition_under_vmap(op)
     if decomposition is not None:
-        return _decompose_handler(decomposition)
+        return _decompose_handler(known, decomposition)
     return _fallback_handler(known)
 
 
@@ -175,6 +146,8 @@ def _nary_handler(known: OpFacts) -> Handler:
             arg = args[position]
             if arg is None:
                 continue
+            if type(arg) in _CLASSES and not arg.interpreter.alive:
+                arg = strip_dead(arg)  # it may stand for a value of this level
             if type(arg) is BatchedTensor and arg.interpreter is interpreter:
                 operands.append((position, arg.value, arg.bdim))
             elif isinstance(arg, Tensor):
@@ -238,7 +211,13 @@ def unwrap(interpreter: Any, known: OpFacts, args: Any, kwargs: Any) -> Any:
             if arg.bdim is not None:
                 batched = True
                 dims[position] = arg.bdim
-        elif kind not in _CLASSES and isinstance(arg, Tensor) and needs_guard(arg):
+        elif kind in _CLASSES:
+            if not arg.interpreter.alive:  # it may stand for a value of this level
+                arg = values[position] = strip_dead(arg)
+                if interpreter.is_own(arg):
+                    own, batched = True, batched or arg.bdim is not None
+                    values[position], dims[position] = arg.value, arg.bdim
+        elif isinstance(arg, Tensor) and needs_guard(arg):
             grads = True
     kwarg_dims: dict[str, int | None] = {}
     if known.list_args or known.tensor_kwargs:
@@ -265,6 +244,7 @@ def _unwrap_rest(
     """Values and dims in lists and keyword-only arguments; `more` collects what was found."""
 
     def one(arg: Any) -> tuple[Any, int | None]:
+        arg = strip_dead(arg)
         more.append(arg)
         return (arg.value, arg.bdim) if interpreter.is_own(arg) else (arg, None)
 
@@ -302,7 +282,7 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
         except EmptyBatchError:
             answer = loop_over_examples(interpreter, op, values, dims, inner, kwarg_dims)
         if answer is NotImplemented:  # the rule leaves this case to the decomposition
-            with run_at(interpreter):
+            with run_at(interpreter, autocast=True):
                 return op.decompose(*args, **kwargs)
         out, out_dims = answer
         if config.debug:
@@ -368,30 +348,35 @@ def _pass_down(interpreter: Any, op: Any, args: Any, kwargs: Any, own: bool | No
     return wrapped
 
 
-def _decompose_handler(decomposition: Any) -> Handler:
+def _decompose_handler(known: OpFacts, decomposition: Any) -> Handler:
+    composite = known.is_composite
+
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         if not any(interpreter.is_own(t) for t in tensors_in(args, kwargs)):
             return pass_down(interpreter, op, args, kwargs)
-        with run_at(interpreter):
+        with run_at(interpreter, autocast=composite):
             return decomposition(*args, **kwargs)
 
     return handle
 
 
 def _random_handler(known: OpFacts) -> Handler:
+    made_of = random_decomposition(known.op)
+
+    def decomposed(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # Also without own arguments: the level has its say about each draw.
+        with run_at(interpreter, autocast=known.is_composite):
+            return made_of(*args, **kwargs)
+
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         values, dims, inner, _, _, _, grads = unwrap(interpreter, known, args, kwargs)
         if grads and not interpreter.watch:
             interpreter.watch = True
             return watched(interpreter, handle, op, args, kwargs)
-        decompose = known.is_composite and not known.mutated
-        if decompose:
-            with run_at(interpreter):
-                return op.decompose(*args, **kwargs)
         out, out_dims = batch_random(interpreter, known, values, dims, inner)
         return interpreter.wrap_out(out, out_dims)
 
-    return handle
+    return handle if made_of is None else decomposed
 
 
 def _data_dependent_handler(known: OpFacts) -> Handler:

@@ -8,8 +8,10 @@ import torch
 
 from lamina.vmap import rules as _rules
 from lamina.vmap.batched import BatchedTensor, wrap
-from lamina.vmap.handlers import Handler, resolve, state_of
+from lamina.vmap.handlers import Handler
+from lamina.vmap.randomness import Part
 from lamina.vmap.table import RULES, Info
+from lamina.vmap.user_ops import resolve, state_of
 from lamina.vmap.writes import store
 from lamina_core.alias import refresh_all
 from lamina_core.dispatch import needs_guard, watched
@@ -29,6 +31,7 @@ class VmapInterpreter(Interpreter):
     wrapper = BatchedTensor
     transform = "vmap"
     handlers: ClassVar[dict[int, Handler]] = {}
+    part: Part | None = None  # set where this is a chunk of a larger batch
 
     def __init__(self, batch_size: int, randomness: str = "error") -> None:
         super().__init__()

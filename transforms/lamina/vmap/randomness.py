@@ -1,7 +1,17 @@
 """Random ops under vmap: one draw per example, one draw for all, or an error.
 
-What a seed reproduces: under "different" the numbers of one op are drawn in one call for the whole
-batch, in batch-first order; under "same" they are drawn as outside vmap.
+# NOTE [Seeds]
+Under "different" a factory, a `*_like` op, and any op that draws each element on its own is one
+call of the same op with the batch dim in front, so its numbers are those of plain PyTorch for that
+shape, nested levels included (the outermost first). The others run example by example, in order.
+Under "same" an op draws what it would draw outside vmap; one whose parameters are mapped draws for
+each example from one seed.
+
+A call in chunks gives what the call without gives: each chunk starts from the same state of every
+generator, and under "different" draws the numbers of all examples, of which it keeps its own. That
+costs the draws of all examples in every chunk, and the memory of one such draw at a time. Numbers
+drawn by rejection (binomial, dirichlet, gamma, poisson) are the exception where parameters are
+mapped: how many are taken depends on the parameters, and a chunk does not know those of the others.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from lamina_core.dispatch import lower
 from lamina_core.errors import RandomnessError
 from lamina_core.schema import OpFacts
 
-__all__ = ["batch_random"]
+__all__ = ["Part", "batch_random"]
 
 aten = torch.ops.aten
 
@@ -26,7 +36,7 @@ def batch_random(
     """Run a random op (never an in-place one) as `randomness` says.
 
     Raises:
-        RandomnessError: With `randomness="error"`, or where "same" is asked for a batched operand.
+        RandomnessError: With `randomness="error"`.
     """
     op = known.op
     size = interpreter.batch_size
@@ -41,6 +51,9 @@ def batch_random(
             f"{known.name} draws random numbers, and vmap was not told what that means",
             'to fix: pass randomness="different" for a draw per example, or "same" for one for all',
         )
+    part = interpreter.part
+    if part is not None:
+        part.rewind.note(_generator(known, values, kwargs))
     if interpreter.randomness == "same":
         if not batched:
             return lower(interpreter, op, tuple(values), kwargs), None
@@ -51,18 +64,18 @@ def batch_random(
         )
         if position is not None and known.positional[position] == "size":
             args = list(values)
-            args[position] = [size, *args[position]]
-            return lower(interpreter, op, tuple(args), kwargs), 0
-        outs = [lower(interpreter, op, tuple(values), kwargs) for _ in range(max(size, 1))]
-        return torch.stack(outs)[:size], 0
+            args[position] = [size if part is None else part.total, *args[position]]
+            return _own(part, size, lower(interpreter, op, tuple(args), kwargs)), 0
+        return _one_by_one(interpreter, op, values, dims, kwargs)
     if op._schema.name in _BATCH_FREE:
         args = [
             ensure_batched(v, d, size) if isinstance(v, torch.Tensor) else v
             for v, d in zip(values, dims, strict=True)
         ]
         args = _pad_all(args, values, dims)
-        out = lower(interpreter, op, tuple(args), kwargs)
-        return out, 0
+        if part is not None:
+            args = [part.among_all(a) if isinstance(a, torch.Tensor) else a for a in args]
+        return _own(part, size, lower(interpreter, op, tuple(args), kwargs)), 0
     return _one_by_one(interpreter, op, values, dims, kwargs)
 
 
@@ -89,6 +102,15 @@ _BATCH_FREE = frozenset(
         "uniform",
     )
 )
+
+
+def _own(part: Part | None, size: int, drawn: Any) -> Any:
+    """Of numbers for all examples those of this chunk; a copy, so that the rest is not kept."""
+    if part is None:
+        return drawn
+    if isinstance(drawn, torch.Tensor):
+        return drawn.narrow(0, part.start, size).clone()
+    return tuple(_own(part, size, one) for one in drawn)
 
 
 def _flat(dims: Any) -> list[Any]:
@@ -162,11 +184,7 @@ def _same_for_all(
         return _multinomial(
             draw, ensure_batched(values[0], dims[0], size), *values[1:], **kwargs
         ), 0
-    raise interpreter.error(
-        RandomnessError,
-        f'{known.name} draws from batched parameters, and randomness="same" asks for one draw',
-        'to fix: use randomness="different"',
-    )
+    return _from_one_seed(interpreter, known, values, dims, kwargs)
 
 
 _NORMAL = (aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
@@ -208,11 +226,137 @@ def _multinomial(draw: Any, p: Any, count: int, replacement: bool = False, **kwa
 def _one_by_one(
     interpreter: Any, op: Any, values: list[Any], dims: tuple[Any, ...], kwargs: Any
 ) -> tuple[Any, Any]:
+    """A draw per example, one after the other; with no examples one, to learn the shapes.
+
+    In a chunk also a draw for each example of the others, which moves the generator on.
+    """
     size = interpreter.batch_size
+    part = interpreter.part
+    start, total = (0, size or 1) if part is None else (part.start, part.total)
     outs = []
-    for index in range(size):
-        args = [v if d is None else v.select(d, index) for v, d in zip(values, dims, strict=True)]
-        outs.append(lower(interpreter, op, tuple(args), kwargs))
+    for index in range(-start, total - start):
+        own = 0 <= index < max(size, 1)
+        args = _arguments_of(index if own else 0, size, values, dims)
+        out = lower(interpreter, op, args, kwargs)
+        if own:
+            outs.append(out)
+    return _stacked(outs, size)
+
+
+def _from_one_seed(
+    interpreter: Any, known: OpFacts, values: list[Any], dims: tuple[Any, ...], kwargs: Any
+) -> tuple[Any, Any]:
+    """A draw per example, each by a generator of the same seed, which is one draw.
+
+    How much these ops take from a generator depends on their parameters, so the caller's own must
+    not be the one: what is drawn next would depend on the last example.
+    """
+    size = interpreter.batch_size
+    caller = _generator(known, values, kwargs)
+    for level in interpreter.path():
+        part = getattr(level, "part", None)
+        if part is not None:
+            part.rewind.note(caller)
+    seed = int(torch.randint(2**62, (), generator=caller, device=caller.device))
+    generator = torch.Generator(caller.device)
+    values, dims = list(values), tuple(dims)
+    if "generator" in known.positional:
+        missing = known.positional.index("generator") + 1 - len(values)
+        values, dims = [*values, *[None] * missing], (*dims, *[None] * missing)
+        values[known.positional.index("generator")] = generator
+    else:
+        kwargs = {**kwargs, "generator": generator}
+    outs = []
+    for index in range(size or 1):
+        generator.manual_seed(seed)
+        args = _arguments_of(index, size, values, dims)
+        outs.append(lower(interpreter, known.op, args, kwargs))
+    return _stacked(outs, size)
+
+
+def _arguments_of(
+    index: int, size: int, values: list[Any], dims: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The arguments of one example; if there is none, ones, which are parameters of any draw."""
+    return tuple(
+        [
+            v if d is None else v.select(d, index) if size else v.new_ones(logical_shape(v, d))
+            for v, d in zip(values, dims, strict=True)
+        ]
+    )
+
+
+def _stacked(outs: list[Any], size: int) -> tuple[Any, Any]:
     if isinstance(outs[0], torch.Tensor):
-        return torch.stack(outs), 0
-    return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
+        return torch.stack(outs)[:size], 0
+    columns = zip(*outs, strict=True)
+    return tuple(torch.stack(column)[:size] for column in columns), (0,) * len(outs[0])
+
+
+# -- generators ------------------------------------------------------------------------------------
+
+
+def _generator(known: OpFacts, values: list[Any], kwargs: dict[str, Any]) -> Any:
+    """The generator that an op draws from."""
+    given = kwargs.get("generator")
+    if given is None:
+        given = next((value for value in values if isinstance(value, torch.Generator)), None)
+    if given is not None:
+        return given
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    device = kwargs.get("device")
+    if device is None:
+        device = tensors[0].device if tensors else torch.get_default_device()
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    index = module.current_device() if device.index is None else device.index
+    return module.default_generators[index]
+
+
+class Part:
+    """Which of all examples a chunk holds, and how all chunks start from the same random state.
+
+    Args:
+        total: How many examples there are in all chunks.
+
+    Attributes:
+        start: The first example of the present chunk.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start = 0
+        self.rewind = Rewind()
+
+    def at(self, start: int) -> Part:
+        """Go on to the chunk that starts there."""
+        self.start = start
+        self.rewind.rewind()
+        return self
+
+    def among_all(self, x: Any) -> Any:
+        """[chunk, ...] -> [total, ...]: parameters of the others, which are parameters of any."""
+        count = x.shape[0]
+        before, after = self.start, self.total - self.start - count
+        others = [x[:1].expand(n, *x.shape[1:]) for n in (before, after)]
+        return torch.cat([others[0], x, others[1]])
+
+
+class Rewind:
+    """Sets the generators of a chunked call back, so that all chunks draw the same."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[Any, Any]] = {}
+        self.note(torch.default_generator)
+
+    def note(self, generator: Any) -> None:
+        """Remember the state of a generator when it is first drawn from."""
+        if id(generator) not in self.states:
+            self.states[id(generator)] = (generator, generator.get_state())
+
+    def rewind(self) -> None:
+        """Bring all of them back to that state."""
+        for generator, state in self.states.values():
+            generator.set_state(state)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lamina.vmap.batched import wrap
 from lamina_core.dispatch import lower
-from lamina_core.interpreter import Interpreter
+from lamina_core.interpreter import Interpreter, run_at
 from lamina_core.rules import RuleTable
 
 __all__ = ["RULES", "Info", "batching_rule", "decomposition"]
@@ -34,6 +35,24 @@ class Info:
     def lower(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a random op or a factory at the level below, which has to see it."""
         return lower(self.interpreter, op, args, kwargs)
+
+    def at_level(self, function: Callable[..., Any], args: Any, in_dims: Any) -> Any:
+        """The answer of a rule that leaves this case to ops: `function` on wrapped arguments.
+
+        `args` and `in_dims` are those of the rule; the outputs are a tuple of tensors.
+        """
+
+        def box(x: Any, bdim: Any) -> Any:
+            if isinstance(bdim, list):
+                return [box(item, at) for item, at in zip(x, bdim, strict=True)]
+            return x if bdim is None else wrap(self.interpreter, x, bdim)
+
+        with run_at(self.interpreter, autocast=True):
+            outs = function(*(box(x, bdim) for x, bdim in zip(args, in_dims, strict=True)))
+        pairs = [
+            (out.value, out.bdim) if self.interpreter.is_own(out) else (out, None) for out in outs
+        ]
+        return tuple(out for out, _ in pairs), tuple(bdim for _, bdim in pairs)
 
 
 def batching_rule(*ops: Any, state: str = "rule") -> Callable[[Any], Any]:

@@ -16,7 +16,7 @@ from lamina_core.alias import captured_error, mutate
 from lamina_core.dispatch import pass_down
 from lamina_core.errors import MutationError
 from lamina_core.schema import OpFacts
-from lamina_core.wrapper import LevelTensor, level_of, shares_memory
+from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
 
 __all__ = ["in_place_handler", "store"]
 
@@ -41,6 +41,7 @@ def in_place_handler(known: OpFacts) -> Any:
             if known.is_random and interpreter.randomness != "same":
                 return _random_write(interpreter, known, op, args, kwargs)
             return mutate(interpreter, op, args, kwargs)
+        args = strip_dead(args)
         target = args[0]
         if not interpreter.is_own(target):
             if any(_is_batched(interpreter, arg) for arg in args):

@@ -1,9 +1,9 @@
 """Derivatives of scaled dot-product attention.
 
-The forward run is the fused kernel. Its pullback recomputes the probabilities from query and key,
-so that memory grows with the sequence and not with its square, and is written in ordinary ops, so
-that it can be differentiated again. With dropout the op is decomposed instead: the draw is then an
-op of its own, which every level sees.
+The forward run is a fused kernel. On a CPU so is its pullback, where the kernel takes the call; the
+derivatives of that pullback are those of the same in ordinary ops. Elsewhere the pullback is made
+of ordinary ops itself, and recomputes the probabilities from query and key. With dropout the op is
+decomposed instead: the draw is then an op of its own, which every level sees.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
 
 aten = torch.ops.aten
 
@@ -88,21 +88,29 @@ def attention_rule(
     """[*B, L, E], [*B, S, E], [*B, S, F], mask [*B, L, S] -> [*B, L, F]."""
     if dropout_p > 0:
         return NotImplemented
+    if _fits_the_cpu_kernel(needs, query, key, value, attn_mask, enable_gqa):
+        mask = _as_scores(attn_mask, query)
+        (out, _), residuals, pullback = flash_rule(
+            needs, query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        return out, residuals, pullback
     options = (is_causal, scale, enable_gqa)
     out = _attend(query, key, value, attn_mask, options)
     return out, (query, key, value, attn_mask, options), _attention_pullback
 
 
-def _attention_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+def _attention_pullback(residuals: Any, needs: Any, ct: Any, lse_ct: Any = None) -> Any:
     query, key, value, mask, _ = residuals
     heads = _Heads(*residuals)
     p = heads.probabilities()
     ct = heads.split(ct)
     cts: list[Any] = [None] * 4
     if needs[0] or needs[1] or needs[3]:
-        p_ct = ct.matmul(heads.v.transpose(-2, -1))
-        weighted = p * p_ct
-        scores_ct = weighted - p * weighted.sum(-1, keepdim=True)
+        scores_ct: Any = None if lse_ct is None else p * lse_ct.unsqueeze(-1)
+        if ct is not None:
+            weighted = p * ct.matmul(heads.v.transpose(-2, -1))
+            term = weighted - p * weighted.sum(-1, keepdim=True)
+            scores_ct = term if scores_ct is None else scores_ct + term
         if needs[0]:
             q_ct = scores_ct.matmul(heads.k) * heads.scale
             cts[0] = unbroadcast(heads.join(unbroadcast(q_ct, heads.q.shape)), query.shape)
@@ -112,7 +120,7 @@ def _attention_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
         if needs[3]:
             shape = heads.split_mask(mask).shape
             cts[3] = unbroadcast(scores_ct, shape).reshape(mask.shape)
-    if needs[2]:
+    if needs[2] and ct is not None:
         v_ct = p.transpose(-2, -1).matmul(ct)
         cts[2] = unbroadcast(v_ct, heads.v.shape).reshape(value.shape)
     return cts
@@ -134,16 +142,22 @@ def attention_jvp(
     """[*B, L, E], [*B, S, E], [*B, S, F], mask [*B, L, S] -> [*B, L, F]."""
     if dropout_p > 0:
         return NotImplemented
-    q_t, k_t, v_t, mask_t = tangents
     options = (is_causal, scale, enable_gqa)
     out = _attend(query, key, value, attn_mask, options)
-    heads = _Heads(query, key, value, attn_mask, options)
+    return out, _pushed(tangents, query, key, value, attn_mask, options)[0]
+
+
+def _pushed(tangents: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
+    """The tangents of the output and of the logarithms of the sums of exponentials."""
+    q_t, k_t, v_t, mask_t = tangents
+    shared = options[2]
+    heads = _Heads(query, key, value, mask, options)
     p = heads.probabilities()
-    scores_t = out_t = None
+    scores_t = out_t = lse_t = None
     if q_t is not None:
         scores_t = heads.split(q_t).matmul(heads.k.transpose(-2, -1)) * heads.scale
     if k_t is not None:
-        k_t = k_t.unsqueeze(-3) if enable_gqa else k_t
+        k_t = k_t.unsqueeze(-3) if shared else k_t
         term = heads.q.matmul(k_t.transpose(-2, -1)) * heads.scale
         scores_t = term if scores_t is None else scores_t + term
     if mask_t is not None:
@@ -151,8 +165,120 @@ def attention_jvp(
         scores_t = term if scores_t is None else scores_t + term
     if scores_t is not None:
         weighted = p * scores_t
-        out_t = (weighted - p * weighted.sum(-1, keepdim=True)).matmul(heads.v)
+        mean = weighted.sum(-1, keepdim=True)
+        out_t = (weighted - p * mean).matmul(heads.v)
+        lse_t = mean.squeeze(-1)
     if v_t is not None:
-        term = p.matmul(v_t.unsqueeze(-3) if enable_gqa else v_t)
+        term = p.matmul(v_t.unsqueeze(-3) if shared else v_t)
         out_t = term if out_t is None else out_t + term
-    return out, heads.join(out_t)
+    return heads.join(out_t), lse_t
+
+
+# -- the kernel for CPUs ---------------------------------------------------------------------------
+
+
+def _fits_the_cpu_kernel(needs: Any, q: Any, k: Any, v: Any, mask: Any, shared: bool) -> bool:
+    """Whether the kernel takes a call: it broadcasts nothing and gives no cotangent of a mask.
+
+    The switch is the one that `torch.nn.attention.sdpa_kernel` sets, for all devices.
+    """
+    return (
+        q.device.type == "cpu"
+        and torch.backends.cuda.flash_sdp_enabled()
+        and not shared
+        and q.dim() == k.dim() == v.dim() == 4
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and q.shape[3] == k.shape[3] == v.shape[3]
+        and q.numel() > 0
+        and k.numel() > 0
+        and (mask is None or (not needs[3] and mask.dim() in (2, 4)))
+    )
+
+
+def _as_scores(mask: Any, q: Any) -> Any:
+    """A mask of bools as what is added to the scores."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask.logical_not(), -torch.inf)
+
+
+def _even(x: Any) -> Any:
+    """The kernel reads rows of elements that lie side by side, and does not check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@vjp_rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def flash_rule(
+    needs: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Any = None,
+    scale: float | None = None,
+) -> Any:
+    """[N, heads, L, E], [N, heads, S, E] twice -> [N, heads, L, E], [N, heads, L]."""
+    query, key, value = _even(query), _even(key), _even(value)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )
+    residuals = (query, key, value, out, lse, attn_mask, (is_causal, scale, False))
+    return (out, lse), residuals, _flash_pullback
+
+
+def _flash_pullback(residuals: Any, needs: Any, ct: Any, lse_ct: Any = None) -> Any:
+    query, key, value, out, lse, mask, options = residuals
+    if lse_ct is not None or (len(needs) > 3 and needs[3]):
+        needs = (*needs, False)[:4]
+        return _attention_pullback((query, key, value, mask, options), needs, ct, lse_ct)
+    causal, scale, _ = options
+    cts = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        _even(ct), query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return (*cts, None)
+
+
+@jvp_rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def flash_jvp(
+    tangents: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Any = None,
+    scale: float | None = None,
+) -> Any:
+    """[N, heads, L, E], [N, heads, S, E] twice -> [N, heads, L, E], [N, heads, L]."""
+    query, key, value = _even(query), _even(key), _even(value)
+    outs = aten._scaled_dot_product_flash_attention_for_cpu.default(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )
+    tangents = (*tangents, None)[:4]
+    return outs, _pushed(tangents, query, key, value, attn_mask, (is_causal, scale, False))
+
+
+@decomposition(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+def flash_backward(
+    ct: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    logsumexp: Any,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Any = None,
+    scale: float | None = None,
+) -> Any:
+    """[N, heads, L, E] and its kind -> the cotangents of query, key and value.
+
+    The kernel takes the output along to save work; the probabilities made again depend on query and
+    key in the same way, so that nothing is lost by leaving it out.
+    """
+    residuals = (query, key, value, attn_mask, (is_causal, scale, False))
+    return tuple(_attention_pullback(residuals, (True, True, True, False), ct)[:3])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
 from lamina.autodiff.rules.matmul import conj
 from lamina.autodiff.rules.norm import (
     _as,
@@ -142,6 +142,52 @@ def _native_batch_norm_backward_pullback(
     if not live:
         mean_ct = rstd_ct = None
     return ct_ct, x_ct, weight_ct, None, None, mean_ct, rstd_ct
+
+
+@decomposition(aten.batch_norm_backward.default)
+def batch_norm_backward(
+    grad_out: Any,
+    input: Any,
+    weight: Any,
+    running_mean: Any,
+    running_var: Any,
+    save_mean: Any,
+    save_var: Any,
+    update: bool,
+    eps: float,
+    output_mask: Any,
+    reserve: Any,
+) -> Any:
+    """The backward of any backend; what its kernel has reserved is not needed here.
+
+    PyTorch's formula gives the saved statistics no cotangent, so they are computed again.
+    """
+    if update:
+        outs = aten.native_batch_norm.default(input, weight, None, None, None, True, 0.0, eps)
+        _, save_mean, save_var = outs
+    statistics = (running_mean, running_var, save_mean, save_var)
+    return aten.native_batch_norm_backward.default(
+        grad_out, input, weight, *statistics, update, eps, output_mask
+    )
+
+
+@decomposition(aten.cudnn_batch_norm_backward.default)
+def cudnn_batch_norm_backward(
+    input: Any,
+    grad_output: Any,
+    weight: Any,
+    running_mean: Any,
+    running_var: Any,
+    save_mean: Any,
+    save_var: Any,
+    epsilon: float,
+    reserveSpace: Any,
+) -> Any:
+    """The same for training, with the arguments in another order."""
+    statistics = (running_mean, running_var, save_mean, save_var)
+    return batch_norm_backward(
+        grad_output, input, weight, *statistics, True, epsilon, [True, True, True], reserveSpace
+    )
 
 
 # -- RMS norm --------------------------------------------------------------------------------------

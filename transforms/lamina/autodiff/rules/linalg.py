@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
 from lamina.autodiff.rules.matmul import adjoint
 
 aten = torch.ops.aten
@@ -73,6 +73,28 @@ def _cholesky_t(factor: Any, upper: bool, x_t: Any) -> Any:
     inner = torch.linalg.solve_triangular(adjoint(factor), left, upper=True, left=False)
     factor_t = factor.matmul(_half(inner))
     return adjoint(factor_t) if upper else factor_t
+
+
+@vjp_rule(aten.cholesky_inverse.default)
+def cholesky_inverse_rule(needs: Any, x: Any, upper: bool = False) -> Any:
+    """[*B, n, n] -> [*B, n, n]; PyTorch's formula reads the triangle that the op does not."""
+    out = aten.cholesky_inverse.default(x, upper)
+    return out, (out, x, upper), _cholesky_inverse_pullback
+
+
+def _cholesky_inverse_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    out, x, upper = residuals
+    inner = out.matmul(ct + adjoint(ct)).matmul(out)
+    return (-inner.matmul(x.tril()).tril() if not upper else -x.triu().matmul(inner).triu(),)
+
+
+@jvp_rule(aten.cholesky_inverse.default)
+def cholesky_inverse_jvp(tangents: Any, x: Any, upper: bool = False) -> Any:
+    """[*B, n, n] -> [*B, n, n]"""
+    out = aten.cholesky_inverse.default(x, upper)
+    (x_t,) = tangents
+    term = adjoint(x_t.triu()).matmul(x.triu()) if upper else x_t.tril().matmul(adjoint(x.tril()))
+    return out, -out.matmul(term + adjoint(term)).matmul(out)
 
 
 # -- inverse ---------------------------------------------------------------------------------------
@@ -138,6 +160,20 @@ def eigh_jvp(tangents: Any, a: Any, UPLO: str = "L", compute_v: bool = True) -> 
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
     values_t = diagonal.real if diagonal.is_complex() else diagonal
     return (values, vectors), (values_t, vectors.matmul(inner * _gaps(values)))
+
+
+@jvp_rule(aten.linalg_eig.default)
+def eig_jvp(tangents: Any, a: Any) -> Any:
+    """[*B, n, n] -> complex eigenvalues [*B, n], eigenvectors [*B, n, n] of length 1.
+
+    Reverse mode borrows PyTorch's formula; the forward one divides by 0 at second order.
+    """
+    values, vectors = aten.linalg_eig.default(a)
+    inner = torch.linalg.solve(vectors, tangents[0].to(vectors.dtype).matmul(vectors))
+    vectors_t = vectors.matmul(inner * _gaps(values))
+    stretch = (vectors.conj() * vectors_t).sum(-2, keepdim=True).real
+    values_t = inner.diagonal(dim1=-2, dim2=-1)
+    return (values, vectors), (values_t, vectors_t - vectors * stretch)
 
 
 # -- solves ----------------------------------------------------------------------------------------
@@ -229,3 +265,17 @@ def solve_triangular_jvp(
         term = a_t.matmul(x) if left else x.matmul(a_t)
         right = -term if right is None else right - term
     return x, torch.linalg.solve_triangular(a, right.expand(x.shape), **options)
+
+
+@decomposition(aten.triangular_solve.default)
+def triangular_solve(
+    self: Any, A: Any, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> Any:
+    """B [*B, n, k], A [*B, n, n] -> solution like B, A over the batch dims of both."""
+    batch = torch.broadcast_shapes(self.shape[:-2], A.shape[:-2])
+    copy = A.expand(*batch, *A.shape[-2:]).clone()
+    factor, lower = (A.transpose(-2, -1), upper) if transpose else (A, not upper)
+    solution = torch.linalg.solve_triangular(
+        factor, self, upper=not lower, unitriangular=unitriangular
+    )
+    return solution, copy

@@ -90,7 +90,11 @@ multilinear(aten.vdot.default, lambda ct, y: conj(ct) * y, lambda ct, x: ct * x)
 @vjp_rule(aten.linear.default)
 def linear_rule(needs: Any, x: Any, weight: Any, bias: Any = None) -> Any:
     """[*B, n], [m, n], [m] -> [*B, m]; a weight [n] gives [*B]."""
-    out = aten.linear.default(x, weight, bias)
+    if x.dim() > 2 and weight.dim() == 2 and not x.is_contiguous():
+        # `linear` would make a product per matrix of x, where autograd, which it asks, makes one.
+        out = aten.linear.default(_rows(x), weight, bias).unflatten(0, x.shape[:-1])
+    else:
+        out = aten.linear.default(x, weight, bias)
     residuals = (
         weight if needs[0] else None,
         x if needs[1] else None,
@@ -103,8 +107,13 @@ def linear_rule(needs: Any, x: Any, weight: Any, bias: Any = None) -> Any:
 def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     weight, x, bias_shape, rank = residuals
     x_ct = weight_ct = bias_ct = None
+    lead = ct.shape[:-1]
+    if rank == 2 and ct.dim() > 2:
+        # One matrix for all three: `matmul` is slow on a cotangent whose rows are not in order.
+        ct = _rows(ct)
     if needs[0]:
         x_ct = ct.matmul(conj(weight)) if rank == 2 else _outer(ct, conj(weight))
+        x_ct = x_ct.unflatten(0, lead) if len(lead) > 1 and rank == 2 else x_ct
     if needs[1]:
         if x.dim() == 1:
             weight_ct = _outer(ct, conj(x)) if rank == 2 else ct * conj(x)

@@ -91,6 +91,11 @@ def _smaller(t, x, y):
     return where(x == y, t / 2, t).masked_fill(x > y, 0.0)
 
 
+def _lead(x, y):
+    """The difference, 0 of equal infinities: masked values of -inf then have finite derivatives."""
+    return where(x.isinf() & (x == y), 0.0, x - y)
+
+
 def _logit(t, x, eps):
     low, high, outside = (0.0, 1.0, math.nan) if eps is None else (eps, 1.0 - eps, 0.0)
     return where((x >= low) & (x <= high), t / (x * (1 - x)), outside)
@@ -126,9 +131,16 @@ def _pow_of_number(t, x, self, out):
 
 
 def _sinc(t, x):
+    """Near 0 the series, whose derivatives are right there too."""
     angle = x * math.pi
-    slope = (angle * angle.cos() - angle.sin()) / (angle * x)
-    return where(angle * angle == 0, 0.0, t * slope)
+    near = angle.abs() < 0.5
+    far = where(near, 1.0, angle)
+    square = where(near, angle * angle, 0.0)
+    series = torch.zeros_like(square)
+    for k in range(8, 0, -1):
+        series = series * square + (-1) ** k * 2 * k / math.factorial(2 * k + 1)
+    slope = where(near, angle * series, (far * far.cos() - far.sin()) / (far * far))
+    return t * (slope * math.pi)
 
 
 def _xlogy(t, x, y):
@@ -245,13 +257,13 @@ pointwise(
 )
 pointwise(
     aten.logaddexp.default,
-    lambda t, x, y: t / (1 + (y - x).exp()),
-    lambda t, x, y: t / (1 + (x - y).exp()),
+    lambda t, x, y: t * _lead(x, y).sigmoid(),
+    lambda t, x, y: t * _lead(y, x).sigmoid(),
 )
 pointwise(
     aten.logaddexp2.default,
-    lambda t, x, y: t / (1 + (y - x).exp2()),
-    lambda t, x, y: t / (1 + (x - y).exp2()),
+    lambda t, x, y: t * (_lead(x, y) * _LN2).sigmoid(),
+    lambda t, x, y: t * (_lead(y, x) * _LN2).sigmoid(),
 )
 pointwise(aten.maximum.default, _larger, lambda t, x, y: _larger(t, y, x))
 pointwise(aten.minimum.default, _smaller, lambda t, x, y: _smaller(t, y, x))

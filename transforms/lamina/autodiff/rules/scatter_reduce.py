@@ -1,8 +1,8 @@
-"""Derivatives of the reductions by index: `scatter_reduce` and `index_reduce`.
+"""Derivatives of the reductions by index: `scatter_reduce`, `index_reduce`, `segment_reduce`.
 
 An element of the result reduces a group: the element of `x` at its place and the elements of `src`
 that are sent there. Without `include_self` a place that anything is sent to starts from the
-identity of the reduction.
+identity of the reduction. Segments borrow PyTorch's formula, and its backward is taken apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from lamina.autodiff.declare import vjp_rule
+from lamina.autodiff.declare import decomposition, vjp_rule
 
 aten = torch.ops.aten
 where = torch.where
@@ -84,7 +84,8 @@ def _extremum_pullback(
         x_hit = x_hit.scatter(dim, index, 0)
     src_hit = (src == out.gather(dim, index)).to(ct.dtype)
     count = x_hit.scatter_add(dim, index, src_hit)
-    share = where(count == 0, 0.0, ct / count)  # no element equals a NaN
+    # No element equals a NaN. Its cotangent is not divided by 0, for tangents come back this way.
+    share = where(count == 0, 0.0, ct) / count.clamp_min(1)
     return x_hit * share, src_hit * share.gather(dim, index)
 
 
@@ -125,3 +126,40 @@ _PULLBACKS = {
     "prod": _product_pullback,
     "sum": _sum_pullback,
 }
+
+
+# -- segments --------------------------------------------------------------------------------------
+
+
+@decomposition(aten._segment_reduce_backward.default)
+def segment_reduce_backward(
+    grad: Any,
+    output: Any,
+    data: Any,
+    reduce: str,
+    *,
+    lengths: Any = None,
+    offsets: Any = None,
+    axis: int = 0,
+    initial: Any = None,
+) -> Any:
+    """Twice [*B, S, *R], [*B, n, *R], lengths [*B, S] or offsets [*B, S + 1] -> [*B, n, *R]"""
+    edges = pad(lengths.cumsum(-1), (1, 0)) if offsets is None else offsets
+    count = output.shape[axis]
+    places = torch.arange(data.shape[axis], device=data.device).unsqueeze(-1)
+    index = (places >= edges.unsqueeze(-2)).sum(-1) - 1
+    # What is in no segment goes to one more, which is given no cotangent.
+    index = where(index < 0, count, index)
+    rest = [1] * (data.dim() - index.dim())
+    index = index.reshape(*index.shape, *rest).expand(data.shape)
+    room = [0, 0] * len(rest) + [0, 1]
+    ct, out = pad(grad, room), pad(output, room)
+    start = torch.full_like(out, 1 if initial is None else initial)
+    # Only of a product is the start a factor of the derivative.
+    with_start = reduce == "prod"
+    return _PULLBACKS[_AS_SCATTER.get(reduce, reduce)](
+        ct, out, start, axis, index, data, with_start
+    )[1]
+
+
+_AS_SCATTER = {"max": "amax", "min": "amin"}

@@ -67,6 +67,20 @@ def softmax_data_jvp(tangents, x, dim, half_to_float):
     return out, _softmax_pull(tangents[0].to(out.dtype), out, dim)
 
 
+@vjp_rule(aten._safe_softmax.default)
+def safe_softmax_vjp(needs, x, dim, dtype=None):
+    """[*S] -> [*S]; a row of -inf gives zeros, and so do its derivatives."""
+    out = aten._safe_softmax.default(x, dim, dtype)
+    return out, (out, dim, x.dtype), _softmax_pullback
+
+
+@jvp_rule(aten._safe_softmax.default)
+def safe_softmax_jvp(tangents, x, dim, dtype=None):
+    """[*S] -> [*S]"""
+    out = aten._safe_softmax.default(x, dim, dtype)
+    return out, _softmax_pull(tangents[0].to(out.dtype), out, dim)
+
+
 @vjp_rule(aten.log_softmax.int)
 def log_softmax_vjp(needs, x, dim, dtype=None):
     """[*S] -> [*S]; keeps the result only."""

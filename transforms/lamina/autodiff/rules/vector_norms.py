@@ -1,4 +1,7 @@
-"""Derivatives of the p-norms of vectors. The subgradient at the zero vector is 0."""
+"""Derivatives of the p-norms of vectors, and of what is scaled to a norm.
+
+The subgradient at the zero vector is 0.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, vjp_rule
+from lamina.autodiff.declare import decomposition, jvp_rule, vjp_rule
 from lamina.autodiff.shapes import dims_of, in_dtype, keep_dims
 
 aten = torch.ops.aten
@@ -90,3 +93,11 @@ def norm_dim_jvp(tangents, x, p, dim, keepdim=False):
     """[*S] -> [*S without dim]"""
     out = aten.norm.ScalarOpt_dim(x, p, dim, keepdim)
     return out, _push(tangents[0], x, out, 2 if p is None else p, dim, keepdim)
+
+
+@decomposition(aten._weight_norm_interface.default)
+def weight_norm(v, g, dim=0):
+    """[*S], g [1 but for S[dim]] -> [*S], norms like g; PyTorch is wrong at second order."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    norms = torch.linalg.vector_norm(v, 2, others, keepdim=True)
+    return v * (g / norms).to(v.dtype), norms.to(g.dtype)

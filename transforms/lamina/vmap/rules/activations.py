@@ -19,10 +19,18 @@ def glu(info: Any, in_dims: Any, x: Any, dim: int = -1) -> Any:
     return aten.glu.default(x, physical(dim, x, bdim)), bdim
 
 
-@batching_rule(aten.glu_backward.default)
-def glu_backward(info: Any, in_dims: Any, ct: Any, x: Any, dim: int) -> Any:
-    """[B, *S with dim halved], [B, *S] -> [B, *S]."""
-    ct_bdim, x_bdim = in_dims[:2]
-    ct = ensure_batched(ct, ct_bdim, info.batch_size)
-    x = ensure_batched(x, x_bdim, info.batch_size)
-    return aten.glu_backward.default(ct, x, physical(dim, x, 0)), 0
+def _register_of_glu(op: Any, count: int) -> None:
+    @batching_rule(op, state="family")
+    def of_glu(info: Any, in_dims: Any, *args: Any) -> Any:
+        """[B, *S] or [B, *S with dim halved] each, dim -> [B, ...]"""
+        values = [
+            ensure_batched(x, bdim, info.batch_size)
+            for x, bdim in zip(args[:count], in_dims[:count], strict=True)
+        ]
+        return op(*values, physical(args[count], values[-1], 0)), 0
+
+
+# The derivatives of glu, and of its backward; the number of tensors in front of dim.
+_register_of_glu(aten.glu_backward.default, 2)
+_register_of_glu(aten.glu_backward_jvp.default, 5)
+_register_of_glu(aten.glu_jvp.default, 3)

@@ -94,9 +94,14 @@ def _shared_keys(q: Any, q_bdim: int, k: Any, v: Any, options: Any) -> Any:
 
 def _folded(info: Any, values: Any, dims: Any) -> Any:
     return [
-        None if x is None else fold(x, d, 0, info.batch_size)
+        None if x is None else _even(fold(x, d, 0, info.batch_size))
         for x, d in zip(values, dims, strict=True)
     ]
+
+
+def _even(x: Any) -> Any:
+    """The kernels read rows of elements that lie side by side, and do not check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _folded_mask(info: Any, mask: Any, mask_bdim: Any, n: int) -> Any:

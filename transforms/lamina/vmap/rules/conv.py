@@ -23,6 +23,7 @@ from lamina.vmap.dims import (
     unfold_behind,
     without,
 )
+from lamina.vmap.rules.conv_weights import cheapest, correlation, run
 from lamina.vmap.table import batching_rule
 
 aten = torch.ops.aten
@@ -58,7 +59,8 @@ def convolution(
     x_bdim, w_bdim, b_bdim = in_dims[:3]
     size = info.batch_size
     rest = (stride, padding, dilation, transposed, output_padding)
-    if x_bdim is not None and w_bdim is not None:
+    pointwise = x_bdim is not None and w_bdim is not None and _is_pointwise(weight, w_bdim, rest)
+    if x_bdim is not None and w_bdim is not None and not pointwise:
         operands = fold(x, x_bdim, 1, size), fold(weight, w_bdim, 0, size)
         many = None if bias is None else fold(bias, b_bdim, 0, size)
         out = aten.convolution(*operands, many, *rest, groups * size)
@@ -66,7 +68,10 @@ def convolution(
     if w_bdim is None and b_bdim is None:
         out = aten.convolution(fold(x, x_bdim, 0, size), weight, bias, *rest, groups)
         return unfold(out, 0, size), 0
-    if w_bdim is not None:
+    if pointwise:
+        weight = batch_first(weight, w_bdim).flatten(2)
+        out, bdim = _product(weight, batch_first(x, x_bdim), groups), 0
+    elif w_bdim is not None:
         out, bdim = _of_weights(x, weight, w_bdim, size, rest, groups)
     elif x_bdim is not None:
         out = aten.convolution(fold(x, x_bdim, 0, size), weight, None, *rest, groups)
@@ -79,6 +84,25 @@ def convolution(
     bias = batch_first(bias, b_bdim)
     bias = bias.reshape(*bias.shape, *[1] * len(stride))
     return out + pad_rank(bias, None if b_bdim is None else 0, logical_rank(out, 0)), 0
+
+
+def _is_pointwise(weight: Any, w_bdim: Any, rest: Any) -> bool:
+    """Whether a batched weight is one matrix for every place: a product, which a CPU does faster.
+
+    Measured in benchmarks/conv_weights.py. In other convolutions the groups are as good.
+    """
+    stride, padding, _, transposed, _ = rest
+    if weight.device.type != "cpu" or transposed or max(stride) > 1 or max(padding) > 0:
+        return False
+    return all(entry == 1 for entry in logical_shape(weight, w_bdim)[2:]) and 0 not in weight.shape
+
+
+def _product(weight: Any, x: Any, groups: int) -> Any:
+    """[B, O, C / groups], [B, N, C, *S] -> [B, N, O, *S]"""
+    size, out, _ = weight.shape
+    matrices = weight.unflatten(1, (groups, out // groups)).unsqueeze(1)
+    places = x.flatten(3).unflatten(2, (groups, x.shape[2] // groups))
+    return torch.matmul(matrices, places).reshape(size, x.shape[1], out, *x.shape[3:])
 
 
 def _of_weights(x: Any, weight: Any, w_bdim: int, size: int, rest: Any, groups: int) -> Any:
@@ -113,20 +137,12 @@ def convolution_backward(
     rest = (stride, padding, dilation, transposed, output_padding)
     x_ct = w_ct = b_ct = None
     x_to = w_to = b_to = None
-    if ct_bdim is not None and x_bdim is not None and w_bdim is not None and all(output_mask[:2]):
-        operands = fold(ct, ct_bdim, 1, size), fold(x, x_bdim, 1, size)
-        many = fold(weight, w_bdim, 0, size)
-        x_ct, w_ct, _ = aten.convolution_backward(
-            *operands, many, None, *rest, groups * size, [True, True, False]
-        )
-        x_ct, x_to, w_ct, w_to = unfold(x_ct, 1, size), 1, unfold(w_ct, 0, size), 0
-    else:
-        if output_mask[0]:
-            shape = logical_shape(x, x_bdim)
-            x_ct, x_to = _input_ct(ct, ct_bdim, shape, weight, w_bdim, size, rest, groups)
-        if output_mask[1]:
-            shape = logical_shape(weight, w_bdim)
-            w_ct, w_to = _weight_ct(ct, ct_bdim, x, x_bdim, shape, size, rest, groups)
+    if output_mask[0]:
+        shape = logical_shape(x, x_bdim)
+        x_ct, x_to = _input_ct(ct, ct_bdim, shape, weight, w_bdim, size, rest, groups)
+    if output_mask[1]:
+        shape = logical_shape(weight, w_bdim)
+        w_ct, w_to = _weight_ct(ct, ct_bdim, x, x_bdim, shape, size, rest, groups)
     if output_mask[2]:
         channel = logical_dims(ct, ct_bdim)[1]
         others = [dim for dim in logical_dims(ct, ct_bdim) if dim != channel]
@@ -153,6 +169,9 @@ def _input_ct(
         ct = fold(ct, ct_bdim, 0, size)
         x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0]
         return unfold(x_ct, 0, size), 0
+    if ct_bdim is not None and _is_pointwise(weight, w_bdim, rest):
+        weight = batch_first(weight, w_bdim).flatten(2).unflatten(1, (groups, -1))
+        return _product(weight.mT.flatten(1, 2), batch_first(ct, ct_bdim), groups), 0
     x = _dummy(ct, n, size * c, *shape[2:])
     ct, weight = fold(ct, ct_bdim, 1, size), fold(weight, w_bdim, 0, size)
     x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups * size, mask)[0]
@@ -177,6 +196,13 @@ def _weight_ct(
         weight = _dummy(ct, *many)
         w_ct = aten.convolution_backward(ct, x, weight, None, *rest, 1, mask)[1]
         return unfold(w_ct, at, size), at
+    if ct_bdim is not None and x_bdim is not None:
+        ct, x, ct_bdim, x_bdim = batch_first(ct, ct_bdim), batch_first(x, x_bdim), 0, 0
+        still, moving = (x, ct) if transposed else (ct, x)
+        sizes = correlation(still, moving, shape, rest, groups)
+        plan = cheapest(sizes, ct, size)
+        if plan is not None:
+            return run(plan, sizes, still, moving), 0
     ct, x = fold(ct, ct_bdim, 1, size), fold(x, x_bdim, 1, size)
     weight = _dummy(ct, size * shape[0], *shape[1:])
     w_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups * size, mask)[1]

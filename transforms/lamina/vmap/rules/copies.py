@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import batch_first, ensure_batched, logical_rank, logical_shape, pad_rank
-from lamina.vmap.table import batching_rule
+from lamina.vmap.table import batching_rule, decomposition
+from lamina_core.errors import MutationError
 
 aten = torch.ops.aten
 
@@ -46,6 +47,20 @@ NEW = (
     aten.new_zeros.default,
 )
 
+# The copy of a view: of what.
+OF_VIEWS = {
+    aten._conj_copy.default: aten._conj.default,
+    aten._fw_primal_copy.default: aten._fw_primal.default,
+    aten._neg_view_copy.default: aten._neg_view.default,
+    aten._reshape_alias_copy.default: aten._reshape_alias.default,
+    aten.detach_copy.default: aten.detach.default,
+    aten.select_copy.int: aten.select.int,
+    aten.slice_copy.Tensor: aten.slice.Tensor,
+    aten.split_copy.Tensor: aten.split.Tensor,
+    aten.view_as_complex_copy.default: aten.view_as_complex.default,
+    aten.view_as_real_copy.default: aten.view_as_real.default,
+}
+
 _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 
 
@@ -57,7 +72,15 @@ def _same_dims(op: Any) -> Any:
     return rule
 
 
+def _channels_last(x: Any, x_bdim: int) -> tuple[Any, int]:
+    """Examples whose channels are the last dim in memory; the value itself if they are already."""
+    moved = batch_first(x, x_bdim).movedim(2, -1)
+    return (x, x_bdim) if moved.is_contiguous() else (moved.contiguous().movedim(-1, 2), 0)
+
+
 def _layout(op: Any) -> Any:
+    may_be_itself = op._schema.name == "aten::to"
+
     def rule(
         info: Any, in_dims: Any, x: Any, *args: Any, memory_format: Any = None, **kwargs: Any
     ) -> Any:
@@ -65,6 +88,8 @@ def _layout(op: Any) -> Any:
         if args and isinstance(args[-1], torch.memory_format):  # `to` has it positional
             *args, memory_format = args
         if memory_format in _CHANNELS_LAST:
+            if may_be_itself:
+                return _channels_last(op(x, *args, **kwargs), in_dims[0])
             x = batch_first(x, in_dims[0]).movedim(2, -1)
             out = op(x, *args, memory_format=torch.contiguous_format, **kwargs)
             return out.movedim(-1, 2), 0
@@ -83,6 +108,16 @@ def _new(op: Any) -> Any:
     return rule
 
 
+def _register_copy(op: Any, view: Any) -> None:
+    @decomposition(op)
+    def copy_of_view(*args: Any, **kwargs: Any) -> Any:
+        """The view, copied."""
+        out = view(*args, **kwargs)
+        return [o.clone() for o in out] if isinstance(out, (list, tuple)) else out.clone()
+
+
+for _op, _view in OF_VIEWS.items():
+    _register_copy(_op, _view)
 for _ops, _make in ((SAME_DIMS, _same_dims), (LAYOUTS, _layout), (NEW, _new)):
     for _op in _ops:
         batching_rule(_op, state="family")(_make(_op))
@@ -111,7 +146,7 @@ def contiguous(
 ) -> Any:
     """[B, *S] -> [B, *S]. It is the examples that have to be contiguous."""
     if memory_format in _CHANNELS_LAST:
-        return batch_first(x, in_dims[0]).movedim(2, -1).contiguous().movedim(-1, 2), 0
+        return _channels_last(x, in_dims[0])
     return (x if batch_first(x, in_dims[0]).is_contiguous() else x.contiguous()), in_dims[0]
 
 
@@ -138,3 +173,23 @@ def fill(info: Any, in_dims: Any, x: Any, value: Any) -> Any:
 def fill_tensor(info: Any, in_dims: Any, x: Any, value: Any) -> Any:
     """[B, *S], [B] -> [B, *S]"""
     return copy(info, in_dims, x, value)
+
+
+@batching_rule(aten.resize.default)
+def resize(info: Any, in_dims: Any, x: Any, size: Any, *, memory_format: Any = None) -> Any:
+    """[B, *S] -> [B, *S]. The memory of an example has no end of its own to be moved."""
+    shape = logical_shape(x, in_dims[0])
+    if list(size) != list(shape):
+        raise info.interpreter.error(
+            MutationError,
+            f"aten.resize.default would change the shape of an example, {list(shape)}, to "
+            f"{list(size)}",
+            "to fix: use reshape, narrow or torch.nn.functional.pad",
+        )
+    return x.clone(), in_dims[0]
+
+
+@batching_rule(aten.is_pinned.default)
+def is_pinned(info: Any, in_dims: Any, x: Any, device: Any = None) -> Any:
+    """[B, *S] -> bool: examples share their memory."""
+    return x.is_pinned(), None

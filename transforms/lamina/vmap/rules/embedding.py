@@ -98,7 +98,8 @@ def embedding_renorm(
     """[B, V, D], [B, *I] -> [B, V, D]: only the rows that are looked up are shortened."""
     size = info.batch_size
     weight = batch_first(weight, in_dims[0])
-    index = ensure_batched(index, in_dims[1], size).reshape(size, -1)
+    index = ensure_batched(index, in_dims[1], size)
+    index = index.reshape(size, torch.Size(index.shape[1:]).numel())
     norms = torch.linalg.vector_norm(weight, norm_type, -1)
     marks = torch.zeros_like(norms, dtype=torch.bool).expand(size, norms.shape[-1])
     met = marks.scatter(1, index, True)
@@ -194,3 +195,33 @@ def _embedding_bag_per_sample_weights_backward(
     if padding_idx < 0:
         return products
     return torch.where(index == padding_idx, torch.zeros_like(products), products)
+
+
+@decomposition(aten._embedding_bag_backward.default)
+def _embedding_bag_backward(
+    ct: Any,
+    index: Any,
+    offsets: Any,
+    bag: Any,
+    size: Any,
+    argmax: Any,
+    num_weights: int,
+    scale_grad_by_freq: bool,
+    mode: int,
+    sparse: bool,
+    per_sample_weights: Any,
+    padding_idx: int = -1,
+) -> Any:
+    """[bags, D] -> [V, D], which is dense: examples cannot share the indices of a sparse one."""
+    return _embedding_bag_dense_backward(
+        ct,
+        index,
+        bag,
+        size,
+        argmax,
+        num_weights,
+        scale_grad_by_freq,
+        mode,
+        per_sample_weights,
+        padding_idx,
+    )

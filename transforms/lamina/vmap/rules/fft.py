@@ -9,17 +9,28 @@ from typing import Any
 
 import torch
 
-from lamina.vmap.dims import batch_first, physical_dims
-from lamina.vmap.fallback import loop_over_examples
+from lamina.vmap.dims import (
+    EmptyBatchError,
+    batch_first,
+    logical_rank,
+    pad_rank,
+    physical_dims,
+)
 from lamina.vmap.table import batching_rule
 
 aten = torch.ops.aten
 
 
+def _dims(info: Any, dim: Any, x: Any, x_bdim: int) -> list[int]:
+    if not info.batch_size:  # the libraries below refuse to plan for no signals
+        raise EmptyBatchError
+    return physical_dims(dim, x, x_bdim)
+
+
 @batching_rule(aten._fft_r2c.default)
 def fft_r2c(info: Any, in_dims: Any, x: Any, dim: Any, normalization: int, onesided: bool) -> Any:
     """[B, *S] -> [B, *S with the last of dim halved if onesided]."""
-    dims = physical_dims(dim, x, in_dims[0])
+    dims = _dims(info, dim, x, in_dims[0])
     return aten._fft_r2c(x, dims, normalization, onesided), in_dims[0]
 
 
@@ -28,14 +39,14 @@ def fft_c2r(
     info: Any, in_dims: Any, x: Any, dim: Any, normalization: int, last_dim_size: int
 ) -> Any:
     """[B, *S] -> [B, *S with last_dim_size as the last of dim]."""
-    dims = physical_dims(dim, x, in_dims[0])
+    dims = _dims(info, dim, x, in_dims[0])
     return aten._fft_c2r(x, dims, normalization, last_dim_size), in_dims[0]
 
 
 @batching_rule(aten._fft_c2c.default)
 def fft_c2c(info: Any, in_dims: Any, x: Any, dim: Any, normalization: int, forward: bool) -> Any:
     """[B, *S] -> [B, *S]."""
-    dims = physical_dims(dim, x, in_dims[0])
+    dims = _dims(info, dim, x, in_dims[0])
     return aten._fft_c2c(x, dims, normalization, forward), in_dims[0]
 
 
@@ -54,26 +65,19 @@ def stft(
     align_to_window: bool | None = None,
 ) -> Any:
     """[B, *S, T] -> [B, *S, frequencies, frames]. ATen takes at most one dim in front of T."""
+    if not info.batch_size:
+        raise EmptyBatchError
     window_bdim = in_dims[4] if len(in_dims) > 4 else None
     if window_bdim is not None:
-        return loop_over_examples(
-            info.interpreter,
-            aten.stft.default,
-            [
-                x,
-                n_fft,
-                hop_length,
-                win_length,
-                window,
-                normalized,
-                onesided,
-                return_complex,
-                align_to_window,
-            ],
-            (in_dims[0], *[None] * 3, window_bdim, *[None] * 4),
-            {},
-            {},
-        )
+        hop = hop_length if hop_length is not None else n_fft // 4
+        span = window.shape[-1] if align_to_window else n_fft
+        window = batch_first(window, window_bdim)
+        frames = _frames(x, in_dims[0], window, n_fft, hop, span)
+        if onesided is None:
+            onesided = not frames.is_complex()
+        transform = torch.fft.rfft if onesided else torch.fft.fft
+        out = transform(frames, norm="ortho" if normalized else None).transpose(-1, -2)
+        return (out if return_complex else torch.view_as_real(out)), 0
     x = batch_first(x, in_dims[0])
     out = aten.stft(
         x.reshape(torch.Size(x.shape[:-1]).numel(), x.shape[-1]),
@@ -87,3 +91,18 @@ def stft(
         align_to_window,
     )
     return out.reshape(*x.shape[:-1], *out.shape[1:]), 0
+
+
+def _frames(x: Any, x_bdim: int | None, window: Any, n_fft: int, hop: int, span: int) -> Any:
+    """[B, *S, T], [B, W] -> [B, *S, frames, n_fft], each frame of `span` times its window."""
+    x = batch_first(x, x_bdim)
+    frames = x.unfold(-1, span, hop)
+    rank = logical_rank(frames, None if x_bdim is None else 0)
+    frames = frames * pad_rank(_centred(window, span), 0, rank)
+    return _centred(frames, n_fft)
+
+
+def _centred(x: Any, length: int) -> Any:
+    """Zeros on both sides of the last dim, up to a length."""
+    left = (length - x.shape[-1]) // 2
+    return aten.constant_pad_nd(x, [left, length - x.shape[-1] - left])

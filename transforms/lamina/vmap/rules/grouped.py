@@ -30,7 +30,8 @@ def grouped_mm(
     out_dtype: Any = None,
 ) -> Any:
     """The ragged dim is n: x [n, k], y [g, k, m]; x [g, n', k], y [k, n]; or x [k, n], y [n, m]"""
-    x_bdim, y_bdim, offs_bdim, *_ = (*in_dims, None, None)
+    dims: Any = (*in_dims, None)
+    x_bdim, y_bdim, offs_bdim = dims[:3]
     ranks = logical_rank(x, x_bdim), logical_rank(y, y_bdim)
     size = info.batch_size
     if ranks == (3, 3):

@@ -18,6 +18,7 @@ from lamina.vmap.advanced import (
     masks_to_numbers,
     place_of_block,
 )
+from lamina.vmap.agreement import common_number
 from lamina.vmap.dims import (
     at_least_1d,
     batch_first,
@@ -30,7 +31,6 @@ from lamina.vmap.dims import (
     physical,
     physical_size,
 )
-from lamina.vmap.fallback import loop_over_examples
 from lamina.vmap.table import batching_rule
 from lamina_core.errors import DataDependentError
 
@@ -171,9 +171,12 @@ def nonzero_static(info: Any, in_dims: Any, x: Any, *, size: int, fill_value: in
 @batching_rule(aten.one_hot.default)
 def one_hot(info: Any, in_dims: Any, x: Any, num_classes: int = -1) -> Any:
     """[B, *S] -> [B, *S, num_classes]. A number too large for its class raises in the scatter."""
-    if num_classes == -1:  # the largest number of an example says how many: they must agree
-        return loop_over_examples(
-            info.interpreter, aten.one_hot.default, [x, -1], (in_dims[0], None), {}, {}
+    if num_classes == -1:  # the largest number of an example says how many
+        num_classes = common_number(
+            info,
+            at_least_1d(batch_first(x, in_dims[0]), 0).flatten(1).amax(1) + 1,
+            "aten.one_hot.default",
+            "to fix: pass num_classes",
         )
     zeros = x.new_zeros((*x.shape, num_classes))
     return zeros.scatter(-1, x.unsqueeze(-1), 1), in_dims[0]

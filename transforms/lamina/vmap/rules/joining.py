@@ -61,7 +61,7 @@ def _promoted(tensors: Any) -> torch.dtype:
     return dtype
 
 
-@batching_rule(aten.stack.default)
+@batching_rule(aten._stack.default, aten.stack.default)
 def stack(info: Any, in_dims: Any, tensors: Any, dim: int = 0) -> Any:
     """List of [B, *S] -> [B, *S with the list at dim]."""
     xs, bdim = align(tensors, in_dims[0], info.batch_size)

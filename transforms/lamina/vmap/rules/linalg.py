@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import (
+    EmptyBatchError,
     batch_first,
     behind_batch,
     ensure_batched,
@@ -35,14 +36,15 @@ _OWN_BATCH = [
     aten.geqrf.default,
     aten.linalg_cholesky_ex.default,
     aten.linalg_eig.default,
+    aten.linalg_eigvals.default,  # these two and svdvals compute no vectors, which
+    aten.linalg_eigvalsh.default,  # PyTorch's decomposition asks for where it meets a subclass
     aten.linalg_householder_product.default,  # tau has a dim less
     aten.linalg_inv_ex.default,
     aten.linalg_ldl_factor_ex.default,
     aten.linalg_lu.default,
     aten.linalg_lu_factor_ex.default,
-    aten.linalg_matrix_exp.default,
     aten.linalg_qr.default,
-    aten.lu_unpack.default,  # pivots have a dim less
+    aten.linalg_svdvals.default,
     aten.ormqr.default,  # tau has a dim less
 ]
 # Two matrices whose leading dims broadcast; one output.
@@ -66,6 +68,8 @@ def _register_own_batch(op: Any) -> None:
             return out, 0
         # What the op was asked not to compute is empty, and the same for all.
         size = info.batch_size
+        if not size:
+            raise EmptyBatchError
         dims = [0 if o.dim() and o.shape[0] == size else None for o in out]
         return tuple(out), dims
 
@@ -157,7 +161,9 @@ def linalg_lstsq(
     b = b.unsqueeze(-1) if vector else b
     a, b, rank = _pair(a, 0, b, 0)
     out, *others = aten.linalg_lstsq(a, b, rcond, driver=driver)
-    dims = [0 if o.dim() and o.shape[0] == size and o.dim() >= rank - 1 else None for o in others]
+    dims: list[int | None] = [0 if o.dim() >= rank else None for o in others]
+    if driver != "gels" and (driver is not None or a.device.type == "cpu"):
+        dims[1] = 0  # the rank of each matrix; an output that is not computed has shape [0]
     return (out.squeeze(-1) if vector else out, *others), (0, *dims)
 
 
@@ -189,6 +195,12 @@ def _with_pivots(factors: Any, pivots: Any, b: Any, in_dims: Any) -> Any:
     return factors, pad_rank(pivots, p_bdim, rank - 1), b
 
 
+@batching_rule(aten.linalg_matrix_exp.default)
+def linalg_matrix_exp(info: Any, in_dims: Any, x: Any) -> Any:
+    """[B, *, n, n] -> [B, *, n, n]. The kernel flattens the leading dims by a view."""
+    return aten.linalg_matrix_exp(batch_first(x, in_dims[0]).contiguous()), 0
+
+
 @batching_rule(aten.linalg_pinv.atol_rtol_tensor)
 def linalg_pinv(
     info: Any,
@@ -208,6 +220,15 @@ def linalg_pinv(
     )
     x = ensure_batched(x, x_bdim, info.batch_size)
     return torch.linalg.pinv(x, atol=atol, rtol=rtol, hermitian=hermitian), 0
+
+
+@batching_rule(aten.lu_unpack.default)
+def lu_unpack(info: Any, in_dims: Any, factors: Any, pivots: Any, *wanted: bool) -> Any:
+    """[B, *, n, m], [B, *, k] -> [B, *, n, n], [B, *, n, k], [B, *, k, m], or [0] if not wanted."""
+    size = info.batch_size
+    operands = zip((factors, pivots), in_dims[:2], strict=True)
+    outs = aten.lu_unpack(*(ensure_batched(v, d, size) for v, d in operands), *wanted)
+    return tuple(outs), [0 if out.dim() > 1 else None for out in outs]
 
 
 @batching_rule(aten.triangular_solve.default)

@@ -329,11 +329,17 @@ def _ctc(info: Any, x: Any, targets: Any, lengths: Any, in_dims: Any) -> Any:
     size = info.batch_size
     x = fold(x, in_dims[0], 1, size)
     targets = fold(targets, in_dims[1], 0, size)
-    lengths = [
-        list(v) * size if isinstance(v, (list, tuple)) else fold(v, d, 0, size)
-        for v, d in zip(lengths, in_dims[2:4], strict=True)
-    ]
+    lengths = [_fold_lengths(v, d, size) for v, d in zip(lengths, in_dims[2:4], strict=True)]
     return x, targets, *lengths
+
+
+def _fold_lengths(lengths: Any, bdim: int | None, size: int) -> Any:
+    """A list or [B, N]; [B] where the logical batch is one example whose length is a scalar."""
+    if isinstance(lengths, (list, tuple)):
+        return list(lengths) * size
+    if logical_rank(lengths, bdim) == 0:
+        lengths = lengths.unsqueeze(-1)
+    return fold(lengths, bdim, 0, size)
 
 
 @batching_rule(aten._ctc_loss.default, aten._ctc_loss.Tensor)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import (
-    EmptyBatchError,
     batch_first,
     ensure_batched,
     fold,
@@ -45,6 +44,9 @@ def batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any
 ) -> Any:
     """Writes to the running statistics, which its schema does not say."""
+    if not x.numel():  # then PyTorch asks for no channels, and takes no statistics
+        out = x.clone() if weight is None else x * weight[0]
+        return out if bias is None else out + bias[0]
     momentum, eps = rest[:2]
     return native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]
 
@@ -153,8 +155,6 @@ def _batch_norm(
     """Normalise with given statistics or with those of the input, without writing to any."""
     size = info.batch_size
     x_bdim = in_dims[0]
-    if logical_rank(x, x_bdim) < 2:  # PyTorch takes an empty x without channels
-        raise EmptyBatchError
     rest = (training, momentum, eps)
     parameters = list(zip((weight, bias, mean, var), in_dims[1:5], strict=True))
     if all(d is None for _, d in parameters) and not training:
@@ -388,3 +388,12 @@ def _scale(out: Any, out_bdim: Any, weight: Any, bias: Any) -> Any:
             out = apply(out, pad_rank(value, bdim, rank))
     unbatched = out_bdim is None and weight[1] is None and bias[1] is None
     return out.to(dtype), None if unbatched else 0
+
+
+# -- weight norm -----------------------------------------------------------------------------------
+
+
+@decomposition(aten._weight_norm_interface_backward.default)
+def _weight_norm_interface_backward(ct: Any, v: Any, g: Any, norms: Any, dim: int) -> Any:
+    """The fused kernel as the ops that PyTorch takes when it has to be differentiated."""
+    return aten._weight_norm_differentiable_backward(ct, v, g, norms.to(g.dtype), dim)

@@ -10,11 +10,47 @@ from typing import Any
 
 import torch
 
-from lamina.vmap.dims import ensure_batched, logical_shape
+from lamina.vmap.agreement import common_answer
+from lamina.vmap.dims import ensure_batched, logical_rank, logical_shape, pad_rank
 from lamina.vmap.table import batching_rule, decomposition
-from lamina_core.errors import DataDependentError
+from lamina_core.errors import MutationError, message
+from lamina_core.schema import facts
 
 aten = torch.ops.aten
+
+# Elementwise though not tagged so; some of their kernels do not broadcast.
+_OF_ONE_SHAPE = [
+    aten._add_relu.Tensor,
+    aten._dirichlet_grad.default,
+    aten._standard_gamma_grad.default,
+    aten.hardshrink_backward.default,
+    aten.softshrink_backward.default,
+]
+
+
+def _register_of_one_shape(op: Any) -> None:
+    count = len(facts(op).tensor_args)
+
+    @batching_rule(op, state="family")
+    def of_one_shape(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        """[B, *S] each -> [B, *S]"""
+        operands = list(zip(args[:count], in_dims[:count], strict=True))
+        rank = max(logical_rank(x, bdim) for x, bdim in operands)
+        padded = torch.broadcast_tensors(*[pad_rank(x, bdim, rank) for x, bdim in operands])
+        return op(*padded, *args[count:], **kwargs), 0
+
+
+for _op in _OF_ONE_SHAPE:
+    _register_of_one_shape(_op)
+
+
+@decomposition(aten.abs_.default)
+def abs_(x: Any) -> Any:
+    """[*S] -> [*S]. PyTorch refuses complex tensors, whose absolute values are real."""
+    if x.is_complex():
+        text = "aten.abs_.default writes real numbers to a complex tensor"
+        raise MutationError(message(text, "to fix: use x.abs(), which gives a real tensor"))
+    return x.copy_(x.abs())
 
 
 @batching_rule(aten.equal.default)
@@ -25,14 +61,7 @@ def equal(info: Any, in_dims: Any, x: Any, y: Any) -> Any:
     size = info.batch_size
     x, y = (ensure_batched(v, d, size) for v, d in zip((x, y), in_dims, strict=True))
     same = (x == y).reshape(size, x[:1].numel()).all(1)
-    for answer in (True, False):
-        if torch.equal(same, torch.full_like(same, answer)):
-            return answer, None
-    raise info.interpreter.error(
-        DataDependentError,
-        f"aten.equal.default gives one Python value, and the {size} examples disagree",
-        "to fix: use (x == y).all(), which stays a tensor",
-    )
+    return common_answer(info, same, "equal", "(x == y).all()"), None
 
 
 @batching_rule(aten.frexp.Tensor)
@@ -53,5 +82,5 @@ def rrelu_with_noise_functional(
     """A slope drawn for each element below 0; only training draws."""
     if not training or not x.numel():
         return torch.nn.functional.leaky_relu(x, (lower + upper) / 2), noise
-    slope = lower + (upper - lower) * torch.rand_like(x)
+    slope = torch.empty_like(x).uniform_(lower, upper, generator=generator)
     return torch.where(x <= 0, x * slope, x), torch.where(x <= 0, slope, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import (
+    EmptyBatchError,
     batch_first,
     ensure_batched,
     fold,
@@ -203,13 +204,20 @@ _register_grid_sampler(aten.grid_sampler_2d.default, aten.grid_sampler_2d_backwa
 _register_grid_sampler(aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default)
 
 
+# ATen hands back what is empty as it is, of the wrong shape.
+
+
 @batching_rule(aten.pixel_shuffle.default)
 def pixel_shuffle(info: Any, in_dims: Any, x: Any, factor: int) -> Any:
     """[B, *N, C, h, w] -> [B, *N, C', h', w']: takes any leading dims."""
+    if not info.batch_size:
+        raise EmptyBatchError
     return aten.pixel_shuffle(batch_first(x, in_dims[0]), factor), 0
 
 
 @batching_rule(aten.pixel_unshuffle.default)
 def pixel_unshuffle(info: Any, in_dims: Any, x: Any, factor: int) -> Any:
     """[B, *N, C, h, w] -> [B, *N, C', h', w']: takes any leading dims."""
+    if not info.batch_size:
+        raise EmptyBatchError
     return aten.pixel_unshuffle(batch_first(x, in_dims[0]), factor), 0

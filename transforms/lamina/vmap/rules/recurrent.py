@@ -1,18 +1,21 @@
-"""Recurrent layers and cells, made of ops that batch.
+"""Recurrent layers and cells.
 
-The input products of all steps are one linear op; what is left in the loop over time is the product
-with the hidden state and the gates. Hidden states and weights may be batched like anything else.
+With the same weights for all examples a layer batches by itself. Otherwise it is made of ops that
+batch: the input products of all steps are one linear op; what is left in the loop over time is the
+product with the hidden state and the gates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from lamina.vmap.table import decomposition
+from lamina.vmap.dims import fold, unfold
+from lamina.vmap.table import batching_rule, decomposition
 
 aten = torch.ops.aten
 State = tuple[Any, ...]
@@ -102,28 +105,35 @@ def _layers(
     return x, *(torch.stack(column) for column in zip(*last, strict=True))
 
 
-@decomposition(aten.lstm.input)
-def lstm(x: Any, hx: Any, *rest: Any) -> Any:
-    """[T, N, I], ([L, N, H], [L, N, H]) -> [T, N, H], and the last of both."""
-    return _layers(_lstm_step, x, tuple(hx), *rest)
+def _register_layers(op: Any, step: Step) -> None:
+    @batching_rule(op)
+    def layers(info: Any, in_dims: Any, *args: Any) -> Any:
+        """[B, T, N, I], [B, L, N, H] -> [B, T, N, H], and the last states: B joins N."""
+        x, hx, _, _, num_layers, dropout, train, _, batch_first = args
+        draws = dropout > 0 and train and num_layers > 1
+        if draws or any(bdim is not None for bdim in in_dims[2]):
+            return info.at_level(partial(_of_any, step), args, in_dims)
+        size, n = info.batch_size, 0 if batch_first else 1
+        x = fold(x, in_dims[0], n, size)
+        # Some kernels want contiguous states.
+        if isinstance(hx, (list, tuple)):
+            pairs = zip(hx, in_dims[1], strict=True)
+            hx = [fold(s, bdim, 1, size).contiguous() for s, bdim in pairs]
+        else:
+            hx = fold(hx, in_dims[1], 1, size).contiguous()
+        out, *last = op(x, hx, *args[2:])
+        return (unfold(out, n, size), *(unfold(s, 1, size) for s in last)), (n, *[1] * len(last))
 
 
-@decomposition(aten.gru.input)
-def gru(x: Any, hx: Any, *rest: Any) -> Any:
-    """[T, N, I], [L, N, H] -> [T, N, H], [L, N, H]"""
-    return _layers(_gru_step, x, (hx,), *rest)
+def _of_any(step: Step, x: Any, hx: Any, *rest: Any) -> tuple[Any, ...]:
+    """The layers from ops that batch: of weights for each example, or with dropout between."""
+    return _layers(step, x, tuple(hx) if isinstance(hx, (list, tuple)) else (hx,), *rest)
 
 
-@decomposition(aten.rnn_tanh.input)
-def rnn_tanh(x: Any, hx: Any, *rest: Any) -> Any:
-    """[T, N, I], [L, N, H] -> [T, N, H], [L, N, H]"""
-    return _layers(_tanh_step, x, (hx,), *rest)
-
-
-@decomposition(aten.rnn_relu.input)
-def rnn_relu(x: Any, hx: Any, *rest: Any) -> Any:
-    """[T, N, I], [L, N, H] -> [T, N, H], [L, N, H]"""
-    return _layers(_relu_step, x, (hx,), *rest)
+_register_layers(aten.gru.input, _gru_step)
+_register_layers(aten.lstm.input, _lstm_step)
+_register_layers(aten.rnn_relu.input, _relu_step)
+_register_layers(aten.rnn_tanh.input, _tanh_step)
 
 
 # -- cells -----------------------------------------------------------------------------------------

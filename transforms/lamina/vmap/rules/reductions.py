@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lamina.vmap.agreement import common_answer
 from lamina.vmap.dims import (
     at_least_1d,
     batch_first,
@@ -23,7 +24,6 @@ from lamina.vmap.dims import (
     without,
 )
 from lamina.vmap.table import batching_rule
-from lamina_core.errors import DataDependentError
 
 aten = torch.ops.aten
 
@@ -302,13 +302,9 @@ def is_any_true(info: Any, in_dims: Any, x: Any) -> Any:
 
 @batching_rule(aten.allclose.default)
 def allclose(info: Any, in_dims: Any, x: Any, y: Any, *rest: Any, **options: Any) -> Any:
-    """[B, *S], [B, *S] -> one Python value: True if all examples are close, else nobody knows."""
+    """[B, *S], [B, *S] -> one Python value for all examples."""
     rank = max(logical_rank(x, in_dims[0]), logical_rank(y, in_dims[1]))
     x, y = pad_rank(x, in_dims[0], rank), pad_rank(y, in_dims[1], rank)
-    if torch.allclose(x, y, *rest, **options):
-        return True, None
-    raise info.interpreter.error(
-        DataDependentError,
-        "aten.allclose.default needs one Python value, but not all examples are close",
-        "to fix: use torch.isclose(...).all(), which gives a value per example",
-    )
+    close = torch.isclose(x, y, *rest, **options)
+    same = close.reshape(info.batch_size, close[:1].numel()).all(1)
+    return common_answer(info, same, "allclose", "torch.isclose(...).all()"), None

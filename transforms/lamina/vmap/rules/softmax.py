@@ -1,4 +1,7 @@
-"""Batching rules of softmax along one dim; a scalar counts as having one."""
+"""Batching rules of softmax along one dim; a scalar counts as having one.
+
+A masked softmax is one of scores that are -inf where the mask is True.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import align, at_least_1d, logical_rank, physical
-from lamina.vmap.table import batching_rule
+from lamina.vmap.table import batching_rule, decomposition
 
 aten = torch.ops.aten
 
@@ -51,3 +54,18 @@ for _op in [
     _register(_op)
 for _op in [aten._log_softmax_backward_data.default, aten._softmax_backward_data.default]:
     _register_backward(_op)
+
+
+@decomposition(aten._masked_softmax.default)
+def _masked_softmax(x: Any, mask: Any, dim: int | None = None, mask_type: int | None = None) -> Any:
+    """[N, H, L, S]. The mask is [L, S] in type 0, [N, S] in type 1, and of the shape of x else."""
+    if mask_type == 1:
+        mask = mask[:, None, None, :]
+    return torch.softmax(x.masked_fill(mask, -torch.inf), -1 if dim is None else dim)
+
+
+@decomposition(aten._masked_softmax_backward.default)
+def _masked_softmax_backward(ct: Any, out: Any, mask: Any, dim: int | None = None) -> Any:
+    """[*S], three times -> [*S]. Where all is masked the outputs are nan, and the result is 0."""
+    total = (ct * out).masked_fill(mask, 0).sum(-1 if dim is None else dim, keepdim=True)
+    return (out * (ct - total)).masked_fill(mask, 0)

@@ -1,0 +1,112 @@
+"""The dispatch keys of the caller: what is off in a transform, and how to get it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = [
+    "BELOW_AUTOGRAD",
+    "OuterState",
+    "autocast_keys",
+    "autograd_is_on",
+    "regain",
+]
+
+_C = torch._C
+
+# Autograd and ADInplaceOrView are off while a transform is active: composite ops then reach Python
+# whole, no C++ graph grows on wrappers, and a view op does not chain its output to its input.
+_outside = _C._dispatch_tls_local_exclude_set()
+with _C._AutoDispatchBelowADInplaceOrView():
+    BELOW_AUTOGRAD = _C._dispatch_tls_local_exclude_set() - _outside
+
+_is_excluded = _C._dispatch_tls_is_dispatch_key_excluded
+_exclude_set = _C._dispatch_tls_local_exclude_set
+_AUTOGRAD = _C.DispatchKey.AutogradFunctionality
+_INSIDE_HANDLER: Any = _C._parse_dispatch_key("PythonTLSSnapshot")  # torch excludes it there
+_AsOutside: Any = _C._RestorePythonTLSSnapshot  # type: ignore[attr-defined]
+_AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU)
+for _name in dir(_C.DispatchKey):
+    if _name.startswith("Autocast"):
+        _AUTOCAST = _AUTOCAST | _C.DispatchKeySet(getattr(_C.DispatchKey, _name))
+
+
+def autograd_is_on() -> bool:
+    """Whether C++ autograd would look at the next op."""
+    return not _is_excluded(_AUTOGRAD)
+
+
+def autocast_keys() -> Any:
+    """The autocast keys that are on for user code; None if there are none.
+
+    Torch switches them off inside a handler, where an op has been cast already. The count of nested
+    `autocast` blocks, which has no getter, tells in 0.2 us that there is none.
+    """
+    nested = torch.autocast_increment_nesting() > 1
+    torch.autocast_decrement_nesting()
+    if not nested:
+        return None
+    if not _is_excluded(_INSIDE_HANDLER):
+        return _AUTOCAST - _exclude_set()
+    with _AsOutside():
+        return _AUTOCAST - _exclude_set()
+
+
+def regain(autocast: Any) -> Any:
+    """A guard that switches autocast keys on again for code that runs inside a handler."""
+    include = _C._dispatch_tls_local_include_set()
+    return _C._ForceDispatchKeyGuard(include, _exclude_set() - autocast)
+
+
+class OuterState:
+    """The dispatch-key state in force when the outermost transform was entered, less autocast.
+
+    `guard` brings it back around an op on plain tensors that the user's own autograd must see. By
+    then the op has been cast where it was met.
+    """
+
+    __slots__ = ("_inside", "_uncast", "exclude", "grad_enabled", "include")
+
+    def __init__(self) -> None:
+        self.include = _C._dispatch_tls_local_include_set()
+        self.exclude = _exclude_set()
+        # Worked out on first use, which most transforms never come to.
+        self._uncast: Any = None
+        self._inside: Any = None
+        self.grad_enabled = True  # cleared while a level is pushed under no_grad
+
+    def guard(self, autocast: Any = None) -> _Guard:
+        """Run a block under this state (1 us, so only where a plain tensor requires grad).
+
+        Args:
+            autocast: The autocast keys that shall be on, for user code.
+        """
+        if self._uncast is None:
+            self._uncast = self.exclude | _AUTOCAST
+            self._inside = self._uncast | _C.DispatchKeySet(_INSIDE_HANDLER)
+        if autocast is not None:
+            return _Guard(self, self._uncast - autocast)
+        return _Guard(self, self._inside if _is_excluded(_INSIDE_HANDLER) else self._uncast)
+
+
+class _Guard:
+    """Brings an outer state back for a block."""
+
+    __slots__ = ("exclude", "grad_enabled", "keys", "outer")
+
+    def __init__(self, outer: OuterState, exclude: Any) -> None:
+        self.outer = outer
+        self.exclude = exclude
+
+    def __enter__(self) -> None:
+        self.keys = _C._ForceDispatchKeyGuard(self.outer.include, self.exclude)
+        self.keys.__enter__()
+        self.grad_enabled = torch.is_grad_enabled()
+        if not self.outer.grad_enabled:
+            torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *exc: object) -> None:
+        torch._C._set_grad_enabled(self.grad_enabled)
+        self.keys.__exit__(None, None, None)

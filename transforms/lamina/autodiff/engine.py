@@ -1,0 +1,50 @@
+"""What `torch.autograd.grad` and `.backward()` say to tensors of a transform.
+
+PyTorch's engine knows graphs of its own and finds none behind a wrapper, and its message does not
+say why. Every call of the engine passes through one function, looked up by name each time: that is
+replaced once, at import, by one that explains its errors. What lies outside the transforms is
+differentiated as before, also from inside `vmap`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina_core.errors import NotDifferentiableError, message
+from lamina_core.wrapper import LevelTensor
+
+__all__: list[str] = []
+
+_CLASSES = LevelTensor.classes
+_usual = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+
+def _run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _usual(t_outputs, *args, **kwargs)
+    except RuntimeError as error:
+        # (grad_tensors, keep_graph, create_graph, inputs, ...), as the engine names them.
+        inputs = args[3] if len(args) > 3 else ()
+        for what, tensors in (("outputs", t_outputs), ("inputs", inputs or ())):
+            for at, tensor in enumerate(tensors):
+                if type(tensor) in _CLASSES and not tensor.requires_grad:
+                    raise _refusal(f"{what}[{at}]", tensor) from error
+        raise
+
+
+def _refusal(name: str, tensor: Any) -> NotDifferentiableError:
+    interpreter = tensor.interpreter
+    state = "" if interpreter.alive else ", which has returned"
+    return NotDifferentiableError(
+        message(
+            "torch.autograd has no graph of a tensor of a transform",
+            f"{name}: {tensor!r}",
+            f"it belongs to level {interpreter.level}: {interpreter}{state}",
+            "to fix: use lamina.grad or lamina.vjp in place of torch.autograd.grad and .backward()",
+        )
+    )
+
+
+torch.autograd._engine_run_backward = _run_backward  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Functions whose derivative or batched form the user gives."""
