@@ -338,6 +338,6 @@ def pairs(names: list[str] | None = None) -> list[tuple[str, str]]:
     return [(name, law) for name in names for law in LAWS if name in spoken[law]]
 
 
-def hold(name: str, law: str, strict: bool) -> None:
+def hold(name: str, law: str) -> None:
     """Fails unless the law holds at every point of the operator (or is expected not to)."""
-    try_on_all(name, law, points(name), LAWS[law], strict)
+    try_on_all(name, law, points(name), LAWS[law])

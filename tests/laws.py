@@ -24,7 +24,6 @@ Tensors = tuple[torch.Tensor, ...]
 def hold(
     name: str,
     law: str,
-    strict: bool,
     count: int = SAMPLES,
     dtypes: Sequence[torch.dtype] = (),
 ) -> None:
@@ -33,11 +32,10 @@ def hold(
     Args:
         name: full name of the operator.
         law: name of the law.
-        strict: whether a loop over the examples, or a warning of the library, is a failure.
         count: how many samples of each dtype to try.
         dtypes: to try other dtypes than double precision.
     """
-    try_on_all(name, law, cases(name, law, count, dtypes), LAWS[law], strict)
+    try_on_all(name, law, cases(name, law, count, dtypes), LAWS[law])
 
 
 def try_on_all(
@@ -45,7 +43,6 @@ def try_on_all(
     law: str,
     subjects: Sequence,
     holds: Callable[..., bool],
-    strict: bool,
 ) -> None:
     """As `hold`, for a law `holds` of any subjects that have a `text` to print."""
     op = database()[name]
@@ -53,7 +50,7 @@ def try_on_all(
         failures, tried = [], 0
         for subject in subjects:
             try:
-                with _warnings(strict):
+                with _no_loop():
                     tried += holds(subject)
             except Exception as error:  # reported below, with the subject
                 kind = type(error).__name__
@@ -68,19 +65,18 @@ def try_on_all(
 
 
 @contextmanager
-def _warnings(strict: bool) -> Iterator[None]:
-    """Ignores PyTorch's warnings; where `strict`, those of the library and the loop are errors."""
+def _no_loop() -> Iterator[None]:
+    """The loop over the examples and warnings of the library are errors; PyTorch's are ignored."""
     before = lamina.config.fallback
-    lamina.config.fallback = "error" if strict else before
+    lamina.config.fallback = "error"
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     finally:
         lamina.config.fallback = before
-    if strict:
-        own = [w for w in caught if w.category.__module__.split(".")[0] in OWN]
-        assert not own, f"warned: {own[0].message}"
+    own = [w for w in caught if w.category.__module__.split(".")[0] in OWN]
+    assert not own, f"warned: {own[0].message}"
 
 
 OWN = ("lamina", "lamina_core")

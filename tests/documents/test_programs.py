@@ -39,7 +39,10 @@ def test_per_sample_gradients(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["conv_weights", "linearize", "memory", "overhead", "vmap_ops"])
+@pytest.mark.parametrize(
+    "script",
+    ["conv_weights", "linearize", "memory", "models", "networks", "overhead", "vmap_ops"],
+)
 def test_benchmark(script, tmp_path):
     saved = tmp_path / "saved.json"
     out = run(f"benchmarks/{script}.py", "--quick", "--json", saved)

@@ -39,62 +39,62 @@ def _pair_id(value):
 
 @pytest.mark.parametrize("name", curated("vmap"))
 def test_vmap(name):
-    hold(name, "vmap", strict=True)
+    hold(name, "vmap")
 
 
 @pytest.mark.parametrize("name", curated("vmap_vmap"))
 def test_vmap_vmap(name):
-    hold(name, "vmap_vmap", strict=True, count=3)
+    hold(name, "vmap_vmap", count=3)
 
 
 @pytest.mark.parametrize("name", curated("vmap_empty"))
 def test_vmap_empty(name):
-    hold(name, "vmap_empty", strict=True, count=3)
+    hold(name, "vmap_empty", count=3)
 
 
 @pytest.mark.parametrize("name", curated("inplace"))
 def test_inplace(name):
-    hold(name, "inplace", strict=True)
+    hold(name, "inplace")
 
 
 @pytest.mark.parametrize("name", curated("random"))
 def test_random(name):
-    hold(name, "random", strict=True)
+    hold(name, "random")
 
 
 @pytest.mark.exhaustive
 def test_vmap_of_the_rest(other):
-    hold(other, "vmap", strict=True, count=FIRST)
+    hold(other, "vmap", count=FIRST)
 
 
 @pytest.mark.exhaustive
 def test_vmap_vmap_of_the_rest(other):
-    hold(other, "vmap_vmap", strict=True, count=12)
+    hold(other, "vmap_vmap", count=12)
 
 
 @pytest.mark.exhaustive
 def test_vmap_empty_of_the_rest(other):
-    hold(other, "vmap_empty", strict=True, count=FIRST)
+    hold(other, "vmap_empty", count=FIRST)
 
 
 @pytest.mark.exhaustive
 def test_inplace_of_the_rest(other):
-    hold(other, "inplace", strict=True, count=FIRST)
+    hold(other, "inplace", count=FIRST)
 
 
 @pytest.mark.exhaustive
 def test_random_of_the_rest(other):
-    hold(other, "random", strict=True)
+    hold(other, "random")
 
 
 @pytest.mark.exhaustive
 def test_vmap_of_other_dtypes(name, dtype):
-    hold(name, "vmap", strict=True, count=2, dtypes=[dtype])
+    hold(name, "vmap", count=2, dtypes=[dtype])
 
 
 @pytest.mark.exhaustive
 def test_inplace_of_other_dtypes(name, dtype):
-    hold(name, "inplace", strict=True, count=2, dtypes=[dtype])
+    hold(name, "inplace", count=2, dtypes=[dtype])
 
 
 def test_the_curated_lists_state_facts():

@@ -140,12 +140,8 @@ def linalg_cross(info: Any, in_dims: Any, x: Any, y: Any, *, dim: int = -1) -> A
 def linalg_ldl_solve(
     info: Any, in_dims: Any, factors: Any, pivots: Any, b: Any, *, hermitian: bool = False
 ) -> Any:
-    """[B, *, n, n], [B, *, n], [B, *, n, m] -> [B, *, n, m]. The kernel broadcasts no pivots."""
+    """[B, *, n, n], [B, *, n], [B, *, n, m] -> [B, *, n, m]"""
     factors, pivots, b = _with_pivots(factors, pivots, b, in_dims)
-    batch = torch.broadcast_shapes(factors.shape[:-2], pivots.shape[:-1], b.shape[:-2])
-    pivots = pivots.expand(*batch, pivots.shape[-1]).contiguous()
-    factors = factors.expand(*batch, *factors.shape[-2:]).contiguous()
-    b = b.expand(*batch, *b.shape[-2:])
     return torch.linalg.ldl_solve(factors, pivots, b, hermitian=hermitian), 0
 
 
@@ -184,6 +180,7 @@ def linalg_lu_solve(
 
 
 def _with_pivots(factors: Any, pivots: Any, b: Any, in_dims: Any) -> Any:
+    """The operands with all leading dims: the kernels read pivots past their end to broadcast."""
     f_bdim, p_bdim, b_bdim = in_dims[:3]
     if f_bdim is None and p_bdim is not None:
         size = pivots.shape[p_bdim]
@@ -192,7 +189,11 @@ def _with_pivots(factors: Any, pivots: Any, b: Any, in_dims: Any) -> Any:
         size = factors.shape[f_bdim]
         pivots, p_bdim = pivots.expand(size, *pivots.shape), 0
     factors, b, rank = _pair(factors, f_bdim, b, b_bdim)
-    return factors, pad_rank(pivots, p_bdim, rank - 1), b
+    pivots = pad_rank(pivots, p_bdim, rank - 1)
+    batch = torch.broadcast_shapes(factors.shape[:-2], pivots.shape[:-1], b.shape[:-2])
+    pivots = pivots.expand(*batch, pivots.shape[-1]).contiguous()
+    factors = factors.expand(*batch, *factors.shape[-2:]).contiguous()
+    return factors, pivots, b.expand(*batch, *b.shape[-2:])
 
 
 @batching_rule(aten.linalg_matrix_exp.default)
