@@ -15,14 +15,13 @@ from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_ru
 from lamina.autodiff.rules.matmul import conj
 from lamina.autodiff.rules.norm import (
     _as,
-    _each_as,
     _normalised_t,
     _of_statistics,
     _plus,
-    _second,
     _shaped,
     _statistics_t,
 )
+from lamina.autodiff.rules.norm_backward import _each_as, _second
 
 aten = torch.ops.aten
 

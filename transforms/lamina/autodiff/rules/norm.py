@@ -6,7 +6,8 @@ taken over some dims, and an affine map.
 # NOTE [Statistics are operands]
 The `*_backward` ops take mean and rstd as operands, and the rules here differentiate them as such,
 while the rule of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then
-a plain partial derivative, and derivatives of every order come out exact.
+a plain partial derivative, and derivatives of every order come out exact; the rules of the
+`*_backward` ops are in `norm_backward.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.declare import jvp_rule, vjp_rule
 
 aten = torch.ops.aten
 
@@ -57,47 +58,6 @@ def _statistics_t(x: Any, mean: Any, rstd: Any, x_t: Any, dims: Any) -> tuple[An
     mean_t = x_t.mean(dims, keepdim=True)
     rstd_t = -rstd.pow(3) * ((x - mean) * x_t).mean(dims, keepdim=True)
     return mean_t, rstd_t
-
-
-def _second(given: Any, needs: Any, cts: Any, dims: Any, live: bool) -> tuple[Any, ...]:
-    """Cotangents of (ct, x, mean, rstd, weight) for the pullback of an affine normalisation.
-
-    All tensors come in shapes that broadcast: the statistics with size 1 in `dims`, the weight
-    with size 1 in the dims that it is shared over. With `dy = ct * weight` the pullback is
-    `x_ct = rstd * (dy - mean(dy) - xhat * mean(dy * xhat))` where the statistics are `live`, else
-    `rstd * dy`; `weight_ct = sum(ct * xhat)` and `bias_ct = sum(ct)`.
-    """
-    ct, x, mean, rstd, weight = given
-    x_cc, weight_cc, bias_cc = cts
-    centred = x - mean
-    xhat = centred * rstd
-    dy = ct if weight is None else ct * weight
-    ct_ct = xhat_ct = rstd_ct = weight_ct = None
-    if x_cc is not None:
-        through = x_cc  # the projection is symmetric: it serves both directions
-        inner = dy
-        if live:
-            a = (x_cc * xhat).mean(dims, keepdim=True)
-            b = (dy * xhat).mean(dims, keepdim=True)
-            through = x_cc - x_cc.mean(dims, keepdim=True) - xhat * a
-            inner = dy - dy.mean(dims, keepdim=True) - xhat * b
-            xhat_ct = -rstd * (x_cc * b + dy * a)
-        through = through * rstd
-        ct_ct = through if weight is None else through * weight
-        if needs[4]:
-            weight_ct = unbroadcast(through * ct, weight.shape)
-        rstd_ct = unbroadcast(x_cc * inner, rstd.shape)
-    if weight_cc is not None:
-        ct_ct = _plus(ct_ct, weight_cc * xhat)
-        xhat_ct = _plus(xhat_ct, weight_cc * ct)
-    if bias_cc is not None:
-        ct_ct = _plus(ct_ct, bias_cc.expand(x.shape))
-    x_ct = mean_ct = None
-    if xhat_ct is not None:
-        x_ct = xhat_ct * rstd
-        mean_ct = -unbroadcast(x_ct, mean.shape)
-        rstd_ct = _plus(rstd_ct, unbroadcast(xhat_ct * centred, rstd.shape))
-    return ct_ct, x_ct, mean_ct, rstd_ct, weight_ct
 
 
 def _affine(xhat: Any, xhat_t: Any, weight: Any, weight_t: Any, bias_t: Any, shape: Any) -> Any:
@@ -208,38 +168,6 @@ def native_layer_norm_jvp(
     return outs, outs_t
 
 
-@vjp_rule(aten.native_layer_norm_backward.default)
-def native_layer_norm_backward_rule(
-    needs: Any,
-    ct: Any,
-    x: Any,
-    normalized_shape: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    bias: Any,
-    output_mask: Any,
-) -> Any:
-    """ct, x, mean, rstd, weight, bias -> x_ct, weight_ct, bias_ct."""
-    out = aten.native_layer_norm_backward.default(
-        ct, x, normalized_shape, mean, rstd, weight, bias, output_mask
-    )
-    residuals = (ct, x, mean, rstd, weight, _last(x, normalized_shape))
-    return out, residuals, _native_layer_norm_backward_pullback
-
-
-def _native_layer_norm_backward_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
-    *given, dims = residuals
-    found = _second(given, needs, cts, dims, live=True)
-    return (*_each_as(found, given), None)
-
-
-def _each_as(found: Any, given: Any) -> list[Any]:
-    return [
-        None if f is None else _as(f, g).reshape(g.shape) for f, g in zip(found, given, strict=True)
-    ]
-
-
 # -- group norm ------------------------------------------------------------------------------------
 
 
@@ -340,37 +268,3 @@ def _normalised_t(
             xhat_t = x_t - x_t.mean(dims, keepdim=True) - xhat * slope
         xhat_t = xhat_t * rstd
     return _affine(xhat, xhat_t, weight, weight_t, bias_t, x.shape)
-
-
-@vjp_rule(aten.native_group_norm_backward.default)
-def native_group_norm_backward_rule(
-    needs: Any,
-    ct: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    weight: Any,
-    N: Any,
-    C: Any,
-    HxW: Any,
-    group: int,
-    output_mask: Any,
-) -> Any:
-    """ct, x, mean, rstd, weight -> x_ct, weight_ct, bias_ct."""
-    sizes = (N, C, HxW, group)
-    out = aten.native_group_norm_backward.default(ct, x, mean, rstd, weight, *sizes, output_mask)
-    return out, (ct, x, mean, rstd, weight, sizes), _native_group_norm_backward_pullback
-
-
-def _native_group_norm_backward_pullback(
-    residuals: Any, needs: Any, x_cc: Any, weight_cc: Any, bias_cc: Any
-) -> Any:
-    *given, sizes = residuals
-    shapes = _Groups(*sizes)
-    cts = (
-        _shaped(x_cc, shapes.full),
-        _shaped(weight_cc, shapes.channels),
-        _shaped(bias_cc, shapes.channels),
-    )
-    found = _second(shapes.given(*given), needs, cts, [2, 3], live=True)
-    return _each_as(found, given)
