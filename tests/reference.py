@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.strategies import Grad, Hessian, Jacobian, Jvp, Stack, Transform, Vjp, Vmap
+from tests.strategies.stacks import Grad, Hessian, Jacobian, Jvp, Stack, Transform, Vjp, Vmap
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -50,17 +50,20 @@ def _unary(op: Any, usual: Any) -> Any:
     return method
 
 
-def _binary(op: Any, usual: Any) -> Any:
+def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
     def method(self: Any, other: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
         length = _stack_length()
         kind = type(other)
+        # `plain + wrapper` comes here first. The order is kept: a result is laid out like its first
+        # operand, and from a transposed one all that follows would inherit rows out of order.
+        swap = reflected and isinstance(other, Tensor)
         if length < mode.depth:
             if interpreter.alive and (
                 other.interpreter is interpreter if kind in _CLASSES else kind in _PLAIN_OPERANDS
             ):
-                return interpreter.process(op, (self, other), {})
+                return interpreter.process(op, (other, self) if swap else (self, other), {})
         elif (
             interpreter is mode.top
             and length == mode.depth
@@ -68,10 +71,10 @@ def _binary(op: Any, usual: Any) -> Any:
         ):
             _pop(None)
             try:
-                return interpreter.process(op, (self, other), {})
+                return interpreter.process(op, (other, self) if swap else (self, other), {})
             finally:
                 _push(mode)
-        return usual(self, other)
+        return op(other, self) if swap else usual(self, other)
 
     method.__name__ = usual.__name__
     method.__doc__ = usual.__doc__
@@ -101,4 +104,5 @@ _BINARY = {
 for _name, _op in _UNARY.items():
     setattr(LevelTensor, _name, _unary(_op, getattr(Tensor, _name)))
 for _name, _op in _BINARY.items():
-    setattr(LevelTensor, _name, _binary(_op, getattr(Tensor, _name)))
+    _method = _binary(_op, getattr(Tensor, _name), reflected=_name.startswith("__r"))
+    setattr(LevelTensor, _name, _method)

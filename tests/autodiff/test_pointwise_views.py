@@ -7,6 +7,7 @@ for dtypes and complex cotangents, and for second derivatives where a special ca
 from __future__ import annotations
 
 import math
+import operator
 
 import pytest
 import torch
@@ -385,6 +386,19 @@ def test_a_source_larger_than_the_index_gets_zeros():
             torch.ones(2, 2)
         )
         assert found.tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("op", [operator.add, operator.mul], ids=["add", "mul"])
+def test_a_result_is_laid_out_like_its_first_operand(op):
+    """Python asks the wrapper first where the other operand is a plain tensor."""
+    x, y = torch.randn(3, 5), torch.randn(5, 3)
+
+    def f(y):
+        return op(x, y.t())
+
+    assert f(y).stride() == (5, 1)
+    assert lamina.vjp(f, y)[0].stride() == (5, 1)
+    assert lamina.jvp(f, (y,), (y,))[0].stride() == (5, 1)
 
 
 # -- what has no derivative, and what is kept ------------------------------------------------------

@@ -11,24 +11,14 @@ import torch
 
 from lamina import SymbolicZero, custom_jvp, grad, hessian, jacrev, jvp, vjp, vmap
 from lamina_core.errors import CapturedTensorError, RuleError, StructureError
-from tests.autodiff.test_function import ALL, inputs
+from tests import under
 from tests.errors.saying import said
+from tests.under import ALL, DOUBLE, inputs
 
-DOUBLE = torch.float64
 close = torch.testing.assert_close
 PAIRS = []
-QUICK = ["plain", "vmap", "grad", "vmap(grad) last", "grad(vmap)", "jvp", "hessian", "grad(jvp)"]
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in ALL]
-
-
-def pair(plain):
-    """Registers a function that calls custom ones beside its twin in plain ops."""
-
-    def register(calls):
-        PAIRS.append(pytest.param(calls, plain, id=calls.__name__))
-        return calls
-
-    return register
+EACH = under.each()
+pair = functools.partial(under.pair, into=PAIRS)
 
 
 # Derivatives that are not those of the function tell whether the rule is used.

@@ -7,24 +7,12 @@ import torch
 
 from lamina import custom_vmap, grad, hessian, jvp, vjp, vmap
 from lamina_core.errors import CapturedTensorError, RuleError
-from tests.autodiff.test_function import ALL, inputs
+from tests import under
 from tests.errors.saying import said
+from tests.under import ALL, DOUBLE, inputs
 
-DOUBLE = torch.float64
 close = torch.testing.assert_close
-QUICK = [
-    "plain",
-    "vmap",
-    "grad",
-    "vmap(grad) last",
-    "vmap(jvp)",
-    "vmap(hessian)",
-    "grad(vmap)",
-    "jvp",
-    "hessian",
-    "grad(jvp)",
-]
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in ALL]
+EACH = under.each("vmap(jvp)", "vmap(hessian)")
 
 
 def scaled(x, w):

@@ -14,19 +14,8 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 
 import lamina
 from tests.reference import reference
-from tests.strategies import (
-    Grad,
-    Hessian,
-    Jacobian,
-    Jvp,
-    Program,
-    Stack,
-    Transform,
-    Vjp,
-    Vmap,
-    cases,
-    constant,
-)
+from tests.strategies.program import Program, constant
+from tests.strategies.stacks import Grad, Hessian, Jacobian, Jvp, Stack, Transform, Vjp, Vmap, cases
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

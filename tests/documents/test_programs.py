@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_per_sample_gradients(tmp_path):
     assert "largest absolute difference" in out
     assert "epoch  2" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_custom_rules_and_memory():
+    out = run("tutorials/custom_rules_and_memory.py")
+    assert out.count("[0.0474, 0.5, 1.0]") == 2, "the rule of log1pexp, and sigmoid"
+    through_the_loop, with_a_rule = map(float, re.findall(r"keeps +([\d.]+) KiB", out))
+    assert with_a_rule < through_the_loop
+    assert out.count("1 run of the loss") >= 5
+    peaks = [float(peak) for peak in re.findall(r"([\d.]+) MiB at the peak", out)]
+    assert len(peaks) == 4
+    assert max(peaks) == peaks[0]
+    assert min(peaks) == peaks[-1]
 
 
 @pytest.mark.slow

@@ -29,7 +29,18 @@ from lamina_core.schema import facts
 
 __all__ = ["Row", "report", "rows"]
 
+_INTRODUCTION = """\
+What a function calls reaches a transform as ops of ATen, PyTorch's library of kernels. An op has
+overloads, one for each form of its arguments: `x.sum()` is `sum.default`, `x.sum(0)` is
+`sum.dim_IntList`. Here is every overload that takes a tensor and is no `out=` variant, and which
+way it goes under `vmap`, in reverse mode (`vjp`: grad, jacrev) and in forward mode (`jvp`: jacfwd).
+
+To look one up, unfold the first letter of its name, or ask `lamina.debug.explain("aten.sum")`.
+"""
+
 _LEGEND = """\
+## The words
+
 A state says which way an op goes, not that it runs: many of these are for sparse or quantized
 tensors, or for devices of their own.
 
@@ -160,10 +171,11 @@ def report() -> str:
     table = rows()
     parts = [
         "# Coverage\n",
-        "Every ATen overload that takes a tensor and is no `out=` variant, under each transform.\n"
+        _INTRODUCTION,
         f"Made with torch {torch.__version__} by `python -m lamina.coverage --save {_HOME}`.\n",
-        summary(table),
         _LEGEND,
+        "## The counts\n",
+        summary(table),
         "## All overloads\n",
         "Overloads of an op that agree in everything share a line.\n",
     ]

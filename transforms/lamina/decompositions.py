@@ -126,6 +126,15 @@ def transformer_encoder_layer(
     return second_norm(x + feed_forward(x))
 
 
+def broadcast_tensors(tensors: Any) -> list[Any]:
+    """Tensors expanded to one shape; torch's own asks its tracer for a guard of every size."""
+    shapes = [x.shape for x in tensors]
+    if all(shape == shapes[0] for shape in shapes):
+        return list(tensors)
+    shape = torch.broadcast_shapes(*shapes)
+    return [x if x.shape == shape else x.expand(shape) for x in tensors]
+
+
 def dropout(input: Any, p: float, train: bool) -> Any:
     """The input itself where nothing is dropped, as in eager mode; torch's own would copy it."""
     if p == 0 or not train:
@@ -157,6 +166,7 @@ def ctc_loss(
 _TABLE: dict[Any, Callable[..., Any]] = {
     aten._native_multi_head_attention.default: native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
+    aten.broadcast_tensors.default: broadcast_tensors,
     aten.ctc_loss.IntList: ctc_loss,
     aten.dropout.default: dropout,
     # A view and a write: there is no form out of place to put in its stead.

@@ -183,7 +183,8 @@ def _is_followed(leaves: list[Any]) -> bool:
 
 
 def _value_or_none(grad: Any) -> Any:
-    return None if grad is None else unbox(grad)
+    """A cotangent or tangent; None for both of the ways in which C++ says zero."""
+    return None if grad is None or grad._is_zerotensor() else unbox(grad)
 
 
 def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwargs: Any) -> Any:

@@ -260,7 +260,11 @@ def unbroadcast(ct: Any, shape: Any) -> Any:
     if ct.shape == shape:
         return ct
     extra = ct.dim() - len(shape)
-    dims = list(range(extra))
-    dims += [i + extra for i, size in enumerate(shape) if size == 1 and ct.shape[i + extra] != 1]
-    ct = ct.sum(dims, keepdim=True) if dims else ct
+    added = list(range(extra))
+    stretched = [
+        i + extra for i, size in enumerate(shape) if size == 1 and ct.shape[i + extra] != 1
+    ]
+    if not stretched:
+        return ct.sum(added) if added else ct
+    ct = ct.sum(added + stretched, keepdim=True)
     return ct.reshape(shape) if extra else ct

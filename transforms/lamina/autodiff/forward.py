@@ -29,33 +29,31 @@ from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina.decompositions import decomposition_of
-from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.alias import mutate, record_views
 from lamina_core.dispatch import (
     call_one,
     call_two,
-    needs_guard,
     under_autocast,
-    watched,
 )
-from lamina_core.interpreter import Interpreter, mode_off, run_at
+from lamina_core.handlers import Handler, HandlerInterpreter
+from lamina_core.interpreter import mode_off, run_at
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor, shares_memory
+from lamina_core.wrapper import shares_memory
 
 __all__ = ["ForwardInterpreter", "state_of"]
 
-_CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 _rules.load()
 
 
-class ForwardInterpreter(Interpreter):
+class ForwardInterpreter(HandlerInterpreter):
     """One active forward-mode level."""
 
     wrapper = DualTensor
     transform = "jvp"
     differentiates = True
-    handlers: ClassVar[dict[int, Any]] = {}
+    handlers: ClassVar[dict[int, Handler]] = {}
 
     def __init__(self, name: str = "jvp") -> None:
         super().__init__()
@@ -65,17 +63,10 @@ class ForwardInterpreter(Interpreter):
         """The transform as the user wrote it."""
         return self.name
 
-    # HOT: every op of user code inside jvp comes through here.
-    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op on primals and tangents."""
-        handler = self.handlers.get(id(op))
-        if handler is None:
-            handler = self.handlers[id(op)] = _resolve(op)
-        if self.mutated:
-            refresh_all(self, args, kwargs)
-        if self.watch:
-            return watched(self, handler, op, args, kwargs)
-        return handler(self, op, args, kwargs)
+    @staticmethod
+    def resolve(op: Any) -> Handler:
+        """The handler of an op."""
+        return _resolve(op)
 
     @classmethod
     def explain_op(cls, op: Any) -> str:
@@ -85,16 +76,15 @@ class ForwardInterpreter(Interpreter):
     def lift(self, value: Any, tangent: Any) -> DualTensor:
         """Wrap an argument with its tangent."""
         for item in (value, tangent):
-            if item is not None and type(item) not in _CLASSES and needs_guard(item):
-                self.watch = True
+            if item is not None:
+                self.look(item)
         out = dual(self, value, tangent)
         out.is_input = True
         return out
 
     def constant(self, value: Any) -> DualTensor:
         """Wrap a value whose tangent is zero."""
-        if type(value) not in _CLASSES and needs_guard(value):
-            self.watch = True
+        self.look(value)
         return dual(self, value, None)
 
     def is_constant(self, wrapper: Any) -> bool:

@@ -106,11 +106,11 @@ class Home:
             _C._ForceDispatchKeyGuard(self.include, self.exclude),
             torch.set_grad_enabled(self.grad_enabled),
         ):
-            values = tuple([map_tensors(unbox, arg) for arg in args])
+            values = tuple([map_tensors(_value, arg) for arg in args])
             if op is _DETACH:
                 # Saving an output, C++ detaches it from its own graph; the levels below go on.
                 return self.wrap(values[0])
-            inner = {key: map_tensors(unbox, value) for key, value in kwargs.items()}
+            inner = {key: map_tensors(_value, value) for key, value in kwargs.items()}
             known = facts(op)
             if known.is_random:
                 out = lower(self.interpreter, op, values, inner)
@@ -128,3 +128,15 @@ class Home:
 def unbox(tensor: Any) -> Any:
     """The value of a leaf; any other tensor as it is."""
     return tensor.value if type(tensor) is LeafTensor else tensor
+
+
+def _value(tensor: Any) -> Any:
+    """The value of a leaf, with memory: C++ stands for a zero tangent by a tensor without any.
+
+    Kernels read that memory, as the dispatch key that warns of it is off in handlers.
+    """
+    if type(tensor) is LeafTensor:
+        return tensor.value
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor

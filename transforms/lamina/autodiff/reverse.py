@@ -36,34 +36,31 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompositions import decomposition_of
-from lamina_core.alias import ViewRecipe, mutate, record_views, refresh_all
+from lamina_core.alias import ViewRecipe, mutate, record_views
 from lamina_core.dispatch import (
     call_one,
     call_two,
-    needs_guard,
     under_autocast,
-    watched,
 )
-from lamina_core.interpreter import Interpreter
+from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor, shares_memory
+from lamina_core.wrapper import shares_memory
 
 __all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]
 
-_CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 _rules.load()
 
 
-class ReverseInterpreter(Interpreter):
+class ReverseInterpreter(HandlerInterpreter):
     """One active reverse-mode level."""
 
     wrapper = TrackedTensor
     transform = "vjp"
     differentiates = True
     keeps_values = True
-    handlers: ClassVar[dict[int, Any]] = {}
+    handlers: ClassVar[dict[int, Handler]] = {}
 
     def __init__(self, name: str = "vjp") -> None:
         super().__init__()
@@ -73,17 +70,10 @@ class ReverseInterpreter(Interpreter):
         """The transform as the user wrote it."""
         return self.name
 
-    # HOT: every op of user code inside grad comes through here.
-    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op and put it on the tape."""
-        handler = self.handlers.get(id(op))
-        if handler is None:
-            handler = self.handlers[id(op)] = _resolve(op)
-        if self.mutated:
-            refresh_all(self, args, kwargs)
-        if self.watch:
-            return watched(self, handler, op, args, kwargs)
-        return handler(self, op, args, kwargs)
+    @staticmethod
+    def resolve(op: Any) -> Handler:
+        """The handler of an op."""
+        return _resolve(op)
 
     @classmethod
     def explain_op(cls, op: Any) -> str:
@@ -92,7 +82,7 @@ class ReverseInterpreter(Interpreter):
 
     def leaf(self, value: Any) -> TrackedTensor:
         """Wrap an argument that is differentiated with respect to."""
-        self._look(value)
+        self.look(value)
         out = track(self, value, Node("input", None, (), (), ()))
         out.is_input = True
         return out
@@ -105,12 +95,8 @@ class ReverseInterpreter(Interpreter):
 
     def constant(self, value: Any) -> TrackedTensor:
         """Wrap a value that does not depend on the differentiated arguments."""
-        self._look(value)
+        self.look(value)
         return track(self, value, None)
-
-    def _look(self, value: Any) -> None:
-        if type(value) not in _CLASSES and needs_guard(value):
-            self.watch = True
 
     def is_constant(self, wrapper: Any) -> bool:
         """Whether a wrapper has no place on the tape."""

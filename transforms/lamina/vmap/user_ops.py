@@ -18,9 +18,11 @@ from lamina.vmap import handlers, states
 from lamina.vmap.batched import wrap
 from lamina.vmap.dims import ensure_batched
 from lamina.vmap.fallback import loop_over_examples, note_fallback
+from lamina.vmap.operands import unwrap
 from lamina_core.alias import mutate_copies
 from lamina_core.dispatch import watched
 from lamina_core.errors import RuleError
+from lamina_core.handlers import Handler
 from lamina_core.interpreter import run_at
 from lamina_core.schema import OpFacts, facts
 
@@ -73,7 +75,7 @@ def state_of(op: Any) -> str:
     return states.state_of(op)
 
 
-def resolve(op: Any) -> handlers.Handler:
+def resolve(op: Any) -> Handler:
     """The handler of an op, decided once; whether a user gave it a rule is asked on each call."""
     handler = handlers.resolve(op)
     return handler if op.namespace in _OF_TORCH else _user_handler(facts(op), handler)
@@ -84,12 +86,12 @@ def _only_writes(known: OpFacts) -> bool:
     return bool(known.mutated) and known.functional() is None
 
 
-def _user_handler(known: OpFacts, otherwise: handlers.Handler) -> handlers.Handler:
+def _user_handler(known: OpFacts, otherwise: Handler) -> Handler:
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         rule = registered_rule(op)
         if rule is None and not _only_writes(known):
             return otherwise(interpreter, op, args, kwargs)
-        _, _, _, _, batched, _, grads = handlers.unwrap(interpreter, known, args, kwargs)
+        _, _, _, _, batched, _, grads = unwrap(interpreter, known, args, kwargs)
         if grads and not interpreter.watch:
             interpreter.watch = True
             return watched(interpreter, handle, op, args, kwargs)
@@ -112,7 +114,7 @@ def _user_handler(known: OpFacts, otherwise: handlers.Handler) -> handlers.Handl
 
 def _run(interpreter: Any, known: OpFacts, rule: Rule | None, args: Any, kwargs: Any) -> Any:
     """By the user's rule if there is one, else example by example."""
-    values, dims, inner, kwarg_dims, _, _, _ = handlers.unwrap(interpreter, known, args, kwargs)
+    values, dims, inner, kwarg_dims, _, _, _ = unwrap(interpreter, known, args, kwargs)
     if rule is None:
         note_fallback(interpreter, known)
         out, out_dims = loop_over_examples(interpreter, known.op, values, dims, inner, kwarg_dims)

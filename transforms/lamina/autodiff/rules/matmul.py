@@ -34,7 +34,7 @@ def _outer(x: Any, y: Any) -> Any:
 
 def _rows(x: Any) -> Any:
     """[*B, n] -> [prod(B), n]."""
-    return x if x.dim() == 2 else x.flatten(0, -2)
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _matmul_x(ct: Any, y: Any, x_shape: Any) -> Any:
@@ -92,7 +92,8 @@ def linear_rule(needs: Any, x: Any, weight: Any, bias: Any = None) -> Any:
     """[*B, n], [m, n], [m] -> [*B, m]; a weight [n] gives [*B]."""
     if x.dim() > 2 and weight.dim() == 2 and not x.is_contiguous():
         # `linear` would make a product per matrix of x, where autograd, which it asks, makes one.
-        out = aten.linear.default(_rows(x), weight, bias).unflatten(0, x.shape[:-1])
+        rows = aten.linear.default(_rows(x), weight, bias)
+        out = rows.view(*x.shape[:-1], weight.shape[0])
     else:
         out = aten.linear.default(x, weight, bias)
     residuals = (
@@ -113,7 +114,7 @@ def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
         ct = _rows(ct)
     if needs[0]:
         x_ct = ct.matmul(conj(weight)) if rank == 2 else _outer(ct, conj(weight))
-        x_ct = x_ct.unflatten(0, lead) if len(lead) > 1 and rank == 2 else x_ct
+        x_ct = x_ct.view(*lead, weight.shape[1]) if len(lead) > 1 and rank == 2 else x_ct
     if needs[1]:
         if x.dim() == 1:
             weight_ct = _outer(ct, conj(x)) if rank == 2 else ct * conj(x)

@@ -26,27 +26,30 @@ def _second(given: Any, needs: Any, cts: Any, dims: Any, live: bool) -> tuple[An
     """
     ct, x, mean, rstd, weight = given
     x_cc, weight_cc, bias_cc = cts
+    of_xhat = needs[1] or needs[2] or needs[3]  # if not, the map is linear, and ct is not read
     centred = x - mean
     xhat = centred * rstd
-    dy = ct if weight is None else ct * weight
     ct_ct = xhat_ct = rstd_ct = weight_ct = None
     if x_cc is not None:
         through = x_cc  # the projection is symmetric: it serves both directions
-        inner = dy
         if live:
             a = (x_cc * xhat).mean(dims, keepdim=True)
-            b = (dy * xhat).mean(dims, keepdim=True)
             through = x_cc - x_cc.mean(dims, keepdim=True) - xhat * a
-            inner = dy - dy.mean(dims, keepdim=True) - xhat * b
-            xhat_ct = -rstd * (x_cc * b + dy * a)
         through = through * rstd
         ct_ct = through if weight is None else through * weight
         if needs[4]:
             weight_ct = unbroadcast(through * ct, weight.shape)
-        rstd_ct = unbroadcast(x_cc * inner, rstd.shape)
+        if of_xhat:
+            inner = dy = ct if weight is None else ct * weight
+            if live:
+                b = (dy * xhat).mean(dims, keepdim=True)
+                inner = dy - dy.mean(dims, keepdim=True) - xhat * b
+                xhat_ct = -rstd * (x_cc * b + dy * a)
+            rstd_ct = unbroadcast(x_cc * inner, rstd.shape)
     if weight_cc is not None:
         ct_ct = _plus(ct_ct, weight_cc * xhat)
-        xhat_ct = _plus(xhat_ct, weight_cc * ct)
+        if of_xhat:
+            xhat_ct = _plus(xhat_ct, weight_cc * ct)
     if bias_cc is not None:
         ct_ct = _plus(ct_ct, bias_cc.expand(x.shape))
     x_ct = mean_ct = None

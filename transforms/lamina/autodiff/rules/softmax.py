@@ -29,84 +29,29 @@ def _log_softmax_push(t, out, dim):
     return t - (out.exp() * t).sum(dim, keepdim=True)
 
 
-def _softmax_pullback(residuals, needs, ct):
-    out, dim, dtype = residuals
-    return (None if ct is None else in_dtype(_softmax_pull(ct, out, dim), dtype),)
+def _declare(op, pull, push):
+    """[*S] -> [*S]; the result is all that is kept. `how` is a dtype, or `half_to_float`."""
+
+    def softmax_pullback(residuals, needs, ct):
+        out, dim, dtype = residuals
+        return (None if ct is None else in_dtype(pull(ct, out, dim), dtype),)
+
+    @vjp_rule(op)
+    def softmax_vjp(needs, x, dim, *how, **named):
+        out = op(x, dim, *how, **named)
+        return out, (out, dim, x.dtype), softmax_pullback
+
+    @jvp_rule(op)
+    def softmax_jvp(tangents, x, dim, *how, **named):
+        out = op(x, dim, *how, **named)
+        return out, push(tangents[0].to(out.dtype), out, dim)
 
 
-def _log_softmax_pullback(residuals, needs, ct):
-    out, dim, dtype = residuals
-    return (None if ct is None else in_dtype(_log_softmax_pull(ct, out, dim), dtype),)
-
-
-@vjp_rule(aten.softmax.int)
-def softmax_vjp(needs, x, dim, dtype=None):
-    """[*S] -> [*S]; keeps the result only."""
-    out = aten.softmax.int(x, dim, dtype)
-    return out, (out, dim, x.dtype), _softmax_pullback
-
-
-@jvp_rule(aten.softmax.int)
-def softmax_jvp(tangents, x, dim, dtype=None):
-    """[*S] -> [*S]"""
-    out = aten.softmax.int(x, dim, dtype)
-    return out, _softmax_pull(tangents[0].to(out.dtype), out, dim)
-
-
-@vjp_rule(aten._softmax.default)
-def softmax_data_vjp(needs, x, dim, half_to_float):
-    """[*S] -> [*S]"""
-    out = aten._softmax.default(x, dim, half_to_float)
-    return out, (out, dim, x.dtype), _softmax_pullback
-
-
-@jvp_rule(aten._softmax.default)
-def softmax_data_jvp(tangents, x, dim, half_to_float):
-    """[*S] -> [*S]"""
-    out = aten._softmax.default(x, dim, half_to_float)
-    return out, _softmax_pull(tangents[0].to(out.dtype), out, dim)
-
-
-@vjp_rule(aten._safe_softmax.default)
-def safe_softmax_vjp(needs, x, dim, dtype=None):
-    """[*S] -> [*S]; a row of -inf gives zeros, and so do its derivatives."""
-    out = aten._safe_softmax.default(x, dim, dtype)
-    return out, (out, dim, x.dtype), _softmax_pullback
-
-
-@jvp_rule(aten._safe_softmax.default)
-def safe_softmax_jvp(tangents, x, dim, dtype=None):
-    """[*S] -> [*S]"""
-    out = aten._safe_softmax.default(x, dim, dtype)
-    return out, _softmax_pull(tangents[0].to(out.dtype), out, dim)
-
-
-@vjp_rule(aten.log_softmax.int)
-def log_softmax_vjp(needs, x, dim, dtype=None):
-    """[*S] -> [*S]; keeps the result only."""
-    out = aten.log_softmax.int(x, dim, dtype)
-    return out, (out, dim, x.dtype), _log_softmax_pullback
-
-
-@jvp_rule(aten.log_softmax.int)
-def log_softmax_jvp(tangents, x, dim, dtype=None):
-    """[*S] -> [*S]"""
-    out = aten.log_softmax.int(x, dim, dtype)
-    return out, _log_softmax_push(tangents[0].to(out.dtype), out, dim)
-
-
-@vjp_rule(aten._log_softmax.default)
-def log_softmax_data_vjp(needs, x, dim, half_to_float):
-    """[*S] -> [*S]"""
-    out = aten._log_softmax.default(x, dim, half_to_float)
-    return out, (out, dim, x.dtype), _log_softmax_pullback
-
-
-@jvp_rule(aten._log_softmax.default)
-def log_softmax_data_jvp(tangents, x, dim, half_to_float):
-    """[*S] -> [*S]"""
-    out = aten._log_softmax.default(x, dim, half_to_float)
-    return out, _log_softmax_push(tangents[0].to(out.dtype), out, dim)
+_declare(aten._log_softmax.default, _log_softmax_pull, _log_softmax_push)
+_declare(aten._safe_softmax.default, _softmax_pull, _softmax_pull)  # a row of -inf gives zeros
+_declare(aten._softmax.default, _softmax_pull, _softmax_pull)
+_declare(aten.log_softmax.int, _log_softmax_pull, _log_softmax_push)
+_declare(aten.softmax.int, _softmax_pull, _softmax_pull)
 
 
 # -- the backward ops ------------------------------------------------------------------------------

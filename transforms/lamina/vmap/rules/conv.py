@@ -41,6 +41,57 @@ def conv_tbc(info: Any, in_dims: Any, x: Any, weight: Any, bias: Any, pad: int =
     return batch_first(out, bdim).movedim(-1, -3), 0
 
 
+# One op a line: (x, weight, bias, stride, padding, ...), and the number of spatial dims.
+_COMPOSITES = {
+    aten.conv1d.default: 1,
+    aten.conv1d.padding: 1,
+    aten.conv2d.default: 2,
+    aten.conv2d.padding: 2,
+    aten.conv3d.default: 3,
+    aten.conv3d.padding: 3,
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}
+
+
+def _register_composite(op: Any, spatial: int) -> None:
+    direct = op in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+    @batching_rule(op, state="family")
+    def composite(
+        info: Any, in_dims: Any, x: Any, weight: Any, bias: Any = None, *rest: Any
+    ) -> Any:
+        """[B, *N, C, *S] -> [B, *N, O, *S']: B joins N, or is N. Else it is a `convolution`."""
+        front = logical_rank(x, in_dims[0]) - spatial
+        if any(d is not None for d in in_dims[1:]):
+            if front != 2 or not direct or x.is_complex():
+                return NotImplemented
+            dims = (*in_dims, None)[:3]
+            return convolution(info, dims, x, weight, bias, *_in_full(spatial, *rest))
+        if front == 1:
+            return op(batch_first(x, in_dims[0]), weight, bias, *rest), 0
+        if front != 2:
+            return NotImplemented
+        out = op(fold(x, in_dims[0], 0, info.batch_size), weight, bias, *rest)
+        return unfold(out, 0, info.batch_size), 0
+
+
+def _in_full(
+    spatial: int, stride: Any = (1,), padding: Any = (0,), dilation: Any = (1,), groups: int = 1
+) -> tuple[Any, ...]:
+    """The arguments of `convolution` behind the bias, each with an entry for every spatial dim."""
+    lists = [
+        list(entry) * spatial if len(entry) == 1 else list(entry)
+        for entry in (stride, padding, dilation)
+    ]
+    return (*lists, False, [0] * spatial, groups)
+
+
+for _op, _spatial in _COMPOSITES.items():
+    _register_composite(_op, _spatial)
+
+
 @batching_rule(aten.convolution.default)
 def convolution(
     info: Any,
@@ -138,8 +189,7 @@ def convolution_backward(
     x_ct = w_ct = b_ct = None
     x_to = w_to = b_to = None
     if output_mask[0]:
-        shape = logical_shape(x, x_bdim)
-        x_ct, x_to = _input_ct(ct, ct_bdim, shape, weight, w_bdim, size, rest, groups)
+        x_ct, x_to = _input_ct(ct, ct_bdim, x, x_bdim, weight, w_bdim, size, rest, groups)
     if output_mask[1]:
         shape = logical_shape(weight, w_bdim)
         w_ct, w_to = _weight_ct(ct, ct_bdim, x, x_bdim, shape, size, rest, groups)
@@ -157,15 +207,25 @@ def _dummy(like: Any, *shape: int) -> Any:
 
 
 def _input_ct(
-    ct: Any, ct_bdim: Any, shape: Any, weight: Any, w_bdim: Any, size: int, rest: Any, groups: int
+    ct: Any,
+    ct_bdim: Any,
+    x: Any,
+    x_bdim: Any,
+    weight: Any,
+    w_bdim: Any,
+    size: int,
+    rest: Any,
+    groups: int,
 ) -> Any:
+    """Of x the shape alone is read, but a dummy would be made contiguous: a copy as large as x."""
     mask = [True, False, False]
+    shape = logical_shape(x, x_bdim)
     n, c = shape[:2]
     if ct_bdim is None and w_bdim is None:
-        x = _dummy(ct, *shape)
+        x = x if x_bdim is None else x.select(x_bdim, 0)
         return aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0], None
     if w_bdim is None:
-        x = _dummy(ct, size * n, *shape[1:])
+        x = _dummy(ct, size * n, *shape[1:]) if x_bdim is None else fold(x, x_bdim, 0, size)
         ct = fold(ct, ct_bdim, 0, size)
         x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0]
         return unfold(x_ct, 0, size), 0

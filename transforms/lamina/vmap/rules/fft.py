@@ -1,6 +1,7 @@
 """Batching rules of Fourier transforms: PyTorch's three primitives take lists of dims.
 
-All of `torch.fft` is composed of them, of padding and of slicing.
+All of `torch.fft` is composed of them, of padding and of slicing; the composites take dims as well,
+and cost one call when they are batched whole.
 """
 
 from __future__ import annotations
@@ -48,6 +49,71 @@ def fft_c2c(info: Any, in_dims: Any, x: Any, dim: Any, normalization: int, forwa
     """[B, *S] -> [B, *S]."""
     dims = _dims(info, dim, x, in_dims[0])
     return aten._fft_c2c(x, dims, normalization, forward), in_dims[0]
+
+
+# -- what is composed of them, where nothing but dims has to be told ------------------------------
+
+_ONE_DIM = [  # (x, n, dim, norm)
+    aten.fft_fft.default,
+    aten.fft_hfft.default,
+    aten.fft_ifft.default,
+    aten.fft_ihfft.default,
+    aten.fft_irfft.default,
+    aten.fft_rfft.default,
+]
+_TWO_DIMS = [  # (x, sizes, dims, norm)
+    aten.fft_fft2.default,
+    aten.fft_hfft2.default,
+    aten.fft_ifft2.default,
+    aten.fft_ihfft2.default,
+    aten.fft_irfft2.default,
+    aten.fft_rfft2.default,
+]
+_MANY_DIMS = [  # (x, sizes, dims, norm): without dims the last ones, or all of them
+    aten.fft_fftn.default,
+    aten.fft_hfftn.default,
+    aten.fft_ifftn.default,
+    aten.fft_ihfftn.default,
+    aten.fft_irfftn.default,
+    aten.fft_rfftn.default,
+]
+
+
+def _register_one_dim(op: Any) -> None:
+    @batching_rule(op, state="family")
+    def one_dim(
+        info: Any, in_dims: Any, x: Any, n: int | None = None, dim: int = -1, norm: Any = None
+    ) -> Any:
+        """[B, *S] -> [B, *S with another size at dim]"""
+        if not logical_rank(x, in_dims[0]):
+            return NotImplemented
+        (at,) = _dims(info, [dim], x, in_dims[0])
+        return op(x, n, at, norm), in_dims[0]
+
+
+def _register_dims(op: Any, default: Any) -> None:
+    @batching_rule(op, state="family")
+    def dims(
+        info: Any, in_dims: Any, x: Any, s: Any = None, dim: Any = default, norm: Any = None
+    ) -> Any:
+        """[B, *S] -> [B, *S with other sizes at dim]"""
+        rank = logical_rank(x, in_dims[0])
+        if dim is None:
+            dim = range(-rank if s is None else -len(s), 0)
+        if rank < max(len(dim), 1):
+            return NotImplemented
+        return op(x, s, _dims(info, dim, x, in_dims[0]), norm), in_dims[0]
+
+
+for _op in _ONE_DIM:
+    _register_one_dim(_op)
+for _op in _TWO_DIMS:
+    _register_dims(_op, (-2, -1))
+for _op in _MANY_DIMS:
+    _register_dims(_op, None)
+
+
+# -- windows ---------------------------------------------------------------------------------------
 
 
 @batching_rule(aten.stft.default)

@@ -11,12 +11,14 @@ from lamina.vmap.dims import (
     at_least_1d,
     batch_first,
     behind_batch,
+    fold,
     logical_rank,
     logical_shape,
     normalize,
     physical,
     physical_dims,
     physical_size,
+    unfold,
 )
 from lamina.vmap.table import batching_rule
 
@@ -82,6 +84,22 @@ def constant_pad_nd(info: Any, in_dims: Any, x: Any, pad: Any, value: Any = 0) -
     if bdim >= x.dim() - padded:
         x, bdim = batch_first(x, bdim), 0
     return aten.constant_pad_nd(x, pad, value), bdim
+
+
+@batching_rule(aten.pad.default)
+def pad(
+    info: Any, in_dims: Any, x: Any, pad: Any, mode: str = "constant", value: Any = None
+) -> Any:
+    """[B, *S] -> [B, *S padded]. What is not constant has one dim or two in front: B joins them."""
+    if mode == "constant":
+        return constant_pad_nd(info, in_dims, x, pad, 0 if value is None else value)
+    rank = logical_rank(x, in_dims[0]) - len(pad) // 2
+    if rank == 2:
+        out = aten.pad(fold(x, in_dims[0], 0, info.batch_size), pad, mode, value)
+        return unfold(out, 0, info.batch_size), 0
+    return (
+        (aten.pad(batch_first(x, in_dims[0]), pad, mode, value), 0) if rank == 1 else NotImplemented
+    )
 
 
 @batching_rule(aten.diag_embed.default)

@@ -33,19 +33,28 @@ _OWN_BATCH = [
     aten._linalg_svd.default,
     aten.cholesky.default,
     aten.cholesky_inverse.default,
+    aten.det.default,
     aten.geqrf.default,
+    aten.inverse.default,
+    aten.linalg_cholesky.default,
     aten.linalg_cholesky_ex.default,
+    aten.linalg_det.default,
     aten.linalg_eig.default,
+    aten.linalg_eigh.default,
     aten.linalg_eigvals.default,  # these two and svdvals compute no vectors, which
     aten.linalg_eigvalsh.default,  # PyTorch's decomposition asks for where it meets a subclass
     aten.linalg_householder_product.default,  # tau has a dim less
+    aten.linalg_inv.default,
     aten.linalg_inv_ex.default,
     aten.linalg_ldl_factor_ex.default,
     aten.linalg_lu.default,
     aten.linalg_lu_factor_ex.default,
     aten.linalg_qr.default,
+    aten.linalg_slogdet.default,
+    aten.linalg_svd.default,
     aten.linalg_svdvals.default,
     aten.ormqr.default,  # tau has a dim less
+    aten.slogdet.default,
 ]
 # Two matrices whose leading dims broadcast; one output.
 _BROADCASTING = [
@@ -107,19 +116,34 @@ def _linalg_solve_ex(
     info: Any, in_dims: Any, a: Any, b: Any, *, left: bool = True, check_errors: bool = False
 ) -> Any:
     """[B, *, n, n], [B, *, n, m] -> [B, *, n, m], and LU [B, *, n, n], pivots, info of a alone."""
-    a_bdim, b_bdim = in_dims[:2]
+    a_bdim = in_dims[0]
     shape = logical_shape(a, a_bdim)
-    vector = _is_vector(shape, logical_shape(b, b_bdim))
-    if vector:
-        b = batch_first(b, b_bdim).unsqueeze(-1)
-        b_bdim = None if b_bdim is None else 0
-    a, b, _ = _pair(a, a_bdim, b, b_bdim)
+    a, b, vector = _equations(a, b, in_dims)
     out, *factors = aten._linalg_solve_ex(a, b, left=left, check_errors=check_errors)
     if a_bdim is not None:  # without the 1s that were put in
         ends = (shape, shape[:-1], shape[:-2])
         factors = [f.reshape(info.batch_size, *end) for f, end in zip(factors, ends, strict=True)]
     to = None if a_bdim is None else 0
     return (out.squeeze(-1) if vector else out, *factors), (0, to, to, to)
+
+
+@batching_rule(aten.linalg_solve.default)
+def linalg_solve(info: Any, in_dims: Any, a: Any, b: Any, *, left: bool = True) -> Any:
+    """[B, *, n, n], [B, *, n, m] -> [B, *, n, m]"""
+    a, b, vector = _equations(a, b, in_dims)
+    out = torch.linalg.solve(a, b, left=left)
+    return (out.squeeze(-1) if vector else out), 0
+
+
+def _equations(a: Any, b: Any, in_dims: Any) -> Any:
+    """Both sides with the batch dim first, vectors as columns; and whether they were vectors."""
+    a_bdim, b_bdim = in_dims[:2]
+    vector = _is_vector(logical_shape(a, a_bdim), logical_shape(b, b_bdim))
+    if vector:
+        b = batch_first(b, b_bdim).unsqueeze(-1)
+        b_bdim = None if b_bdim is None else 0
+    a, b, _ = _pair(a, a_bdim, b, b_bdim)
+    return a, b, vector
 
 
 def _is_vector(a_shape: Any, b_shape: Any) -> bool:

@@ -28,9 +28,9 @@ NONE, MEAN, SUM = 0, 1, 2
 
 def _reduce(out: Any, reduction: int) -> Any:
     """[B, *S] -> [B], unless nothing is reduced."""
-    if reduction == NONE:
+    if reduction == NONE or out.dim() == 1:
         return out
-    out = out.flatten(1) if out.dim() > 1 else out.unsqueeze(1)
+    out = out.flatten(1)
     return out.mean(1) if reduction == MEAN else out.sum(1)
 
 
@@ -62,7 +62,8 @@ def _register_elementwise(op: Any, op_backward: Any) -> None:
     ) -> Any:
         """[B, *S], [B, *S] -> [B]"""
         x, target, _ = _pair(x, target, in_dims)
-        x, target = torch.broadcast_tensors(x, target)  # not all kernels do
+        if x.shape != target.shape:
+            x, target = torch.broadcast_tensors(x, target)  # not all kernels do
         return _reduce(op(x, target, NONE, *rest), reduction), 0
 
     @batching_rule(op_backward, state="family")
@@ -126,6 +127,26 @@ def binary_cross_entropy_backward(
         ct = ct * pad_rank(weight, in_dims[3], rank)
     x, target, ct = torch.broadcast_tensors(x, target, ct)
     return aten.binary_cross_entropy_backward(ct, x, target, None, NONE), 0
+
+
+@batching_rule(aten.binary_cross_entropy_with_logits.default)
+def binary_cross_entropy_with_logits(
+    info: Any,
+    in_dims: Any,
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    pos_weight: Any = None,
+    reduction: int = MEAN,
+) -> Any:
+    """[B, *S] four times -> [B]. All operands broadcast."""
+    pairs = list(zip((x, target, weight, pos_weight), (*in_dims, None, None)[:4], strict=True))
+    rank = max(logical_rank(v, d) for v, d in pairs if v is not None)
+    x, target, *weights = (None if v is None else pad_rank(v, d, rank) for v, d in pairs)
+    if in_dims[0] is None or x.shape != target.shape:  # the kernel adds up in the memory of a term
+        given = [weight for weight in weights if weight is not None]
+        x, target, *_ = torch.broadcast_tensors(x, target, *given)
+    return _reduce(aten.binary_cross_entropy_with_logits(x, target, *weights, NONE), reduction), 0
 
 
 # -- classification losses -------------------------------------------------------------------------
@@ -215,6 +236,33 @@ def _register_nll(op: Any, op_backward: Any, rank: int) -> None:
 
 _register_nll(aten.nll_loss_forward.default, aten.nll_loss_backward.default, 2)
 _register_nll(aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default, 4)
+
+
+@batching_rule(aten.cross_entropy_loss.default)
+def cross_entropy_loss(
+    info: Any,
+    in_dims: Any,
+    x: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """[B, N, C, *S], [B, N, *S] -> [B]. Weights, and targets that are no labels, are decomposed."""
+    x_bdim, t_bdim = in_dims[:2]
+    rank = logical_rank(x, x_bdim)
+    labels = logical_rank(target, t_bdim) == rank - 1 and not target.is_floating_point()
+    if rank < 2 or not labels or weight is not None or label_smoothing:
+        return NotImplemented
+    size = info.batch_size
+    target = fold(target, t_bdim, 0, size)
+    out = aten.cross_entropy_loss(fold(x, x_bdim, 0, size), target, None, NONE, ignore_index)
+    out = unfold(out, 0, size)
+    if reduction == MEAN:  # over the labels that are not ignored
+        kept = unfold(target != ignore_index, 0, size)
+        return _reduce(out, SUM) / _reduce(kept, SUM), 0
+    return _reduce(out, reduction), 0
 
 
 @batching_rule(aten.multi_margin_loss.default)

@@ -118,6 +118,15 @@ def _cdist_backward(info: Any, in_dims: Any, ct: Any, x: Any, y: Any, p: float, 
     return aten._cdist_backward(ct, x, y, p, cdist).sum_to_size(x.shape).reshape(shape), 0
 
 
+@batching_rule(aten.cdist.default)
+def cdist(info: Any, in_dims: Any, x: Any, y: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
+    """[B, *, P, M], [B, *, R, M] -> [B, *, P, R]"""
+    if min(logical_rank(x, in_dims[0]), logical_rank(y, in_dims[1])) < 2:
+        return NotImplemented
+    x, y = _broadcastable(x, in_dims[0], y, in_dims[1])
+    return aten.cdist(x, y, p, compute_mode), 0
+
+
 @batching_rule(aten._cdist_forward.default)
 def _cdist_forward(info: Any, in_dims: Any, x: Any, y: Any, p: float, compute_mode: Any) -> Any:
     """[B, *, P, M], [B, *, R, M] -> [B, *, P, R]"""

@@ -202,6 +202,38 @@ def native_batch_norm_backward(
 # -- group norm ------------------------------------------------------------------------------------
 
 
+@batching_rule(aten.group_norm.default)
+def group_norm(
+    info: Any,
+    in_dims: Any,
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    *rest: Any,
+) -> Any:
+    """[B, N, C, *S], [C], [C] -> [B, N, C, *S]. An affine part for each example is decomposed."""
+    if any(d is not None for d in in_dims[1:]) or logical_rank(x, in_dims[0]) < 2:
+        return NotImplemented
+    x = fold(x, in_dims[0], 0, info.batch_size)
+    return unfold(aten.group_norm(x, num_groups, weight, bias, *rest), 0, info.batch_size), 0
+
+
+@batching_rule(aten.instance_norm.default)
+def instance_norm(
+    info: Any, in_dims: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any
+) -> Any:
+    """[B, N, C, *S], [C], [C] -> [B, N, C, *S]. Running statistics are written to: decomposed."""
+    if (
+        any(d is not None for d in in_dims[1:])
+        or mean is not None
+        or logical_rank(x, in_dims[0]) < 2
+    ):
+        return NotImplemented
+    x = fold(x, in_dims[0], 0, info.batch_size)
+    return unfold(aten.instance_norm(x, weight, bias, mean, var, *rest), 0, info.batch_size), 0
+
+
 @batching_rule(aten.native_group_norm.default)
 def native_group_norm(
     info: Any,
@@ -324,6 +356,17 @@ def layer_norm(
         return torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps), x_bdim
     out = torch.nn.functional.layer_norm(x, normalized_shape, None, None, eps)
     return _scale(out, x_bdim, (weight, w_bdim), (bias, b_bdim))
+
+
+@batching_rule(aten.rms_norm.default)
+def rms_norm(
+    info: Any, in_dims: Any, x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None
+) -> Any:
+    """[B, *L, *S], [*S] -> [B, *L, *S]. A weight for each example is decomposed."""
+    if any(d is not None for d in in_dims[1:]):
+        return NotImplemented
+    x, x_bdim = leading_dims(x, in_dims[0], len(normalized_shape))
+    return aten.rms_norm(x, normalized_shape, weight, eps), x_bdim
 
 
 @batching_rule(aten.native_layer_norm.default)

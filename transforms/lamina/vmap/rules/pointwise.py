@@ -1,6 +1,6 @@
 """Batching rules of elementwise ops that the family does not cover.
 
-The family (see `lamina.vmap.handlers`) takes every op that is tagged as elementwise and gives one
+The family (`lamina.vmap.elementwise`) takes every op that is tagged as elementwise and gives one
 tensor. Here is what gives several, gives a Python value, or has its random numbers to itself.
 """
 

@@ -282,6 +282,19 @@ for _op in [
     _register_spread(_op)
 
 
+def _register_unbiased(op: Any) -> None:
+    @batching_rule(op.dim, state="family")
+    def unbiased(
+        info: Any, in_dims: Any, x: Any, dim: Any, unbiased: bool = True, keepdim: bool = False
+    ) -> Any:
+        """[B, *S] -> [B, *S without dim], once or with the mean."""
+        return _over(op.correction, x, in_dims[0], dim, keepdim, correction=int(unbiased))
+
+
+for _op in [aten.std, aten.std_mean, aten.var, aten.var_mean]:
+    _register_unbiased(_op)
+
+
 @batching_rule(aten.trace.default)
 def trace(info: Any, in_dims: Any, x: Any) -> Any:
     """[B, n, m] -> [B]"""

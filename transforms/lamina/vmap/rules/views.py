@@ -88,6 +88,14 @@ def as_strided_scatter(
     return aten.as_strided_scatter(x, src, [x.shape[0], *size], strides, offset), 0
 
 
+@batching_rule(aten.chunk.default)
+def chunk(info: Any, in_dims: Any, x: Any, chunks: int, dim: int = 0) -> Any:
+    """[B, *S] -> list of [B, *S with dim cut]."""
+    if logical_rank(x, in_dims[0]) == 0:
+        raise RuntimeError("chunk expects at least a 1-dimensional tensor")
+    return list(x.chunk(chunks, physical(dim, x, in_dims[0]))), in_dims[0]
+
+
 @batching_rule(aten.diagonal.default)
 def diagonal(info: Any, in_dims: Any, x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
     """[B, *S] -> [B, *S without dim1 and dim2, diagonal]."""
@@ -203,6 +211,14 @@ def unbind(info: Any, in_dims: Any, x: Any, dim: int = 0) -> Any:
         raise IndexError("unbind: a 0-dim tensor has no dim to unbind")
     at = physical(dim, x, in_dims[0])
     return list(x.unbind(at)), without(in_dims[0], at)
+
+
+@batching_rule(aten.unflatten.int)
+def unflatten(info: Any, in_dims: Any, x: Any, dim: int, sizes: Any) -> Any:
+    """[B, *S] -> [B, *S with dim replaced by sizes]."""
+    bdim = in_dims[0]
+    at = physical(dim, x, bdim)
+    return x.unflatten(at, sizes), bdim if at > bdim else bdim + len(sizes) - 1
 
 
 @batching_rule(aten.unfold.default)
