@@ -26,7 +26,7 @@ import torch
 
 from lamina_core.dispatch import lower, map_tensors, pass_down, tensors_in
 from lamina_core.errors import MutationError, NotDifferentiableError
-from lamina_core.interpreter import Interpreter, mode_off, run_at
+from lamina_core.interpreter import Interpreter, derivatives_on, mode_off, run_at
 from lamina_core.scatter import scatter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor
@@ -38,6 +38,7 @@ __all__ = [
     "record_views",
     "refresh",
     "refresh_all",
+    "refresh_levels",
     "stamp",
     "write",
 ]
@@ -96,9 +97,11 @@ def refresh(interpreter: Interpreter, view: LevelTensor) -> None:
                 f"a view made by {recipe.op} is used after its base changed shape in place",
                 "to fix: change the shape out of place, or make the view afterwards",
             )
-        with run_at(interpreter):
-            out = recipe.op(parent, *recipe.args, **recipe.kwargs)
-        interpreter.rebind(view, out if recipe.index is None else out[recipe.index])
+        # Who asks for the view under `no_grad` is not who made it: others may differentiate it.
+        with derivatives_on(interpreter):
+            with run_at(interpreter):
+                out = recipe.op(parent, *recipe.args, **recipe.kwargs)
+            interpreter.rebind(view, out if recipe.index is None else out[recipe.index])
         recipe.version = parent.version
         view.version += 1
 
@@ -133,6 +136,16 @@ def refresh_all(interpreter: Interpreter, args: Any, kwargs: dict[str, Any]) -> 
     for tensor in tensors_in(args, kwargs):
         if interpreter.is_own(tensor) and tensor.recipe is not None:
             refresh(interpreter, tensor)
+
+
+def refresh_levels(tensors: Any) -> None:
+    """Bring views up to date at every level, for code that asks what a wrapper carries."""
+    for tensor in tensors:
+        while type(tensor) in _CLASSES:
+            interpreter = tensor.interpreter
+            if interpreter.mutated and interpreter.alive and tensor.recipe is not None:
+                refresh(interpreter, tensor)
+            tensor = tensor.value
 
 
 def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -94,7 +94,7 @@ def copied(x: Any, src: Any, non_blocking: bool = False) -> Any:
     Writing in place ends in this op, and PyTorch has no formula for it. So where the user's own
     autograd is to follow, it is run as ops that have one.
     """
-    if not needs_guard(src):
+    if not (needs_guard(src) or needs_guard(x)):
         return _COPY(x, src, non_blocking)
     src = src.to(device=x.device, dtype=x.dtype, non_blocking=non_blocking).expand(x.shape)
     return torch.slice_scatter(x, src) if x.dim() else src.clone()

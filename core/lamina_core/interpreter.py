@@ -30,6 +30,7 @@ __all__ = [
     "LevelMode",
     "asleep",
     "current_stack",
+    "derivatives_on",
     "mode_off",
     "run_at",
     "thread_mode",
@@ -288,6 +289,28 @@ class _EnableAgain:
         self.owner.grad_enabled = True
 
 
+class derivatives_on:
+    """Run a block as if no `torch.no_grad()` were in force, at a level and those below it."""
+
+    __slots__ = ("enabled", "interpreter", "off")
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+
+    def __enter__(self) -> None:
+        owners: list[Any] = [*self.interpreter.path(), _thread.mode.outer]
+        self.off = [owner for owner in owners if owner is not None and not owner.grad_enabled]
+        for owner in self.off:
+            owner.grad_enabled = True
+        self.enabled = torch.is_grad_enabled()
+        _C._set_grad_enabled(True)
+
+    def __exit__(self, *exc: object) -> None:
+        _C._set_grad_enabled(self.enabled)
+        for owner in self.off:
+            owner.grad_enabled = False
+
+
 class _CacheAgain:
     """Undoes `set_autocast_cache_enabled(False)`, as an entry of the undo list."""
 
@@ -385,7 +408,7 @@ class run_at:
         self.switch = off
         mode.top = mode.outer = None
         if self.outer is not None:
-            self.guard = self.outer.guard(autocast)
+            self.guard = self.outer.guard(autocast, modes=True)
             self.guard.__enter__()
 
     def __exit__(self, *exc: object) -> None:

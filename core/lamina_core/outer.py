@@ -27,6 +27,7 @@ _exclude_set = _C._dispatch_tls_local_exclude_set
 _AUTOGRAD = _C.DispatchKey.AutogradFunctionality
 _INSIDE_HANDLER: Any = _C._parse_dispatch_key("PythonTLSSnapshot")  # torch excludes it there
 _AsOutside: Any = _C._RestorePythonTLSSnapshot  # type: ignore[attr-defined]
+_MODES = _C.DispatchKeySet(_C.DispatchKey.Python) | _C.DispatchKeySet(_INSIDE_HANDLER)
 _AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU)
 for _name in dir(_C.DispatchKey):
     if _name.startswith("Autocast"):
@@ -77,31 +78,38 @@ class OuterState:
         self._inside: Any = None
         self.grad_enabled = True  # cleared while a level is pushed under no_grad
 
-    def guard(self, autocast: Any = None) -> _Guard:
+    def guard(self, autocast: Any = None, *, modes: bool = False) -> _Guard:
         """Run a block under this state (1 us, so only where a plain tensor requires grad).
 
         Args:
             autocast: The autocast keys that shall be on, for user code.
+            modes: Whether the block is user code, which the modes on torch's stack have to see, and
+                others that it enters: torch switches their keys on for the first mode alone.
         """
+        include = self.include
+        if modes and _C._len_torch_dispatch_stack():
+            include = include | _MODES
         if self._uncast is None:
             self._uncast = self.exclude | _AUTOCAST
             self._inside = self._uncast | _C.DispatchKeySet(_INSIDE_HANDLER)
         if autocast is not None:
-            return _Guard(self, self._uncast - autocast)
-        return _Guard(self, self._inside if _is_excluded(_INSIDE_HANDLER) else self._uncast)
+            return _Guard(self, include, self._uncast - autocast)
+        exclude = self._inside if _is_excluded(_INSIDE_HANDLER) else self._uncast
+        return _Guard(self, include, exclude)
 
 
 class _Guard:
     """Brings an outer state back for a block."""
 
-    __slots__ = ("exclude", "grad_enabled", "keys", "outer")
+    __slots__ = ("exclude", "grad_enabled", "include", "keys", "outer")
 
-    def __init__(self, outer: OuterState, exclude: Any) -> None:
+    def __init__(self, outer: OuterState, include: Any, exclude: Any) -> None:
         self.outer = outer
+        self.include = include
         self.exclude = exclude
 
     def __enter__(self) -> None:
-        self.keys = _C._ForceDispatchKeyGuard(self.outer.include, self.exclude)
+        self.keys = _C._ForceDispatchKeyGuard(self.include, self.exclude)
         self.keys.__enter__()
         self.grad_enabled = torch.is_grad_enabled()
         if not self.outer.grad_enabled:

@@ -134,7 +134,7 @@ class LevelTensor(torch.Tensor):
                     "to fix: pass the tensor to the function, and save it for the rule",
                 )
             )
-        return self.value
+        return self.value if self.recipe is None else _shown(self)
 
     def describe(self) -> str:
         """The fields that the repr shows before the summary of the logical tensor."""
@@ -147,6 +147,16 @@ class LevelTensor(torch.Tensor):
 
 
 _CLASSES = LevelTensor.classes
+
+
+def _shown(wrapper: Any) -> Any:
+    """The value of a dead view, made again if what it views was written to since."""
+    recipe = wrapper.recipe
+    parent = recipe.parent.dead_value()
+    if parent is recipe.parent.value and recipe.parent.version == recipe.version:
+        return wrapper.value
+    out = recipe.op(parent, *recipe.args, **recipe.kwargs)
+    return out if recipe.index is None else out[recipe.index]
 
 
 def box(cls: type[LevelTensor], value: Any, size: Any, stride: Any) -> Any:

@@ -267,6 +267,28 @@ def test_packed_residuals_are_not_kept():
     assert pullback(X)[0].shape == X.shape
 
 
+@pytest.mark.parametrize("outer", [lambda f: f, vmap])
+def test_a_pullback_does_not_keep_what_the_function_returned(outer):
+    def f(x):
+        out, pullback = vjp(lambda x: (x * 2, x.exp()), x)
+        twice = weakref.ref(plain_of(out[0]))
+        exp = weakref.ref(plain_of(out[1]))
+        del out
+        assert twice() is None
+        assert exp() is not None  # a residual
+        return pullback((x, None))[0]
+
+    torch.testing.assert_close(outer(f)(XS), 2 * XS)
+
+
+def test_a_pullback_does_not_keep_aux():
+    out, pullback, aux = vjp(lambda x: (x * 2, x.sin()), X, has_aux=True)
+    kept = weakref.ref(aux)
+    del aux
+    assert kept() is None
+    torch.testing.assert_close(pullback(out)[0], 4 * X)
+
+
 def test_hooks_see_plain_tensors_in_order():
     seen = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina import custom_vmap, grad, hessian, jvp, vjp, vmap
+from lamina import custom_vmap, grad, hessian, jvp, linear_transpose, linearize, vjp, vmap
 from lamina_core.errors import CapturedTensorError, RuleError
 from tests import under
 from tests.errors.saying import said
@@ -192,3 +192,24 @@ def test_a_rule_that_returns_what_does_not_fit(answer, text):
     f = custom_vmap(torch.sin)
     f.def_vmap(lambda axis_size, in_batched, x: answer(x))
     assert said(RuleError, lambda: vmap(f)(inputs())) == text
+
+
+def test_its_linearised_form_can_be_transposed():
+    product = custom_vmap(lambda v, w: v.sin() * w.exp())
+    product.def_vmap(lambda size, in_batched, v, w: (v.sin() * w.exp(), True))
+    x = torch.tensor([[0.3, -0.7, 1.1], [0.5, 0.2, -0.4]], dtype=torch.float64)
+    ct = x.cos()
+
+    def function(x):
+        return vmap(lambda v: product(v, v.flip(0)))(x)
+
+    def plain(x):
+        return x.sin() * x.flip(1).exp()
+
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(plain(leaf), leaf, ct, create_graph=True)
+    (again,) = torch.autograd.grad(want, leaf, ct)
+    _, push = linearize(function, x)
+    close(linear_transpose(push, x)(ct)[0], want)
+    _, push = linearize(grad(lambda x: (function(x) * ct).sum()), x)
+    close(linear_transpose(push, x)(ct)[0], again)

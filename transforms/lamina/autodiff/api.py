@@ -11,6 +11,7 @@ import torch
 from lamina.autodiff.checks import (
     as_pair,
     choose,
+    likes,
     match,
     named_leaves,
     need_complex,
@@ -59,14 +60,15 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     interpreter = ReverseInterpreter("vjp")
     run = run_reverse(interpreter, func, primals, range(len(primals)), kwargs, has_aux)
     run.write_back(keep=True)
-    out = pytree.unflatten(run.out_spec, run.values)
+    out, aux, wanted = pytree.unflatten(run.out_spec, run.values), run.aux, likes(run.values)
+    run.let_go()
 
     def vjp_fn(cotangents: Any) -> Any:
         """Pull cotangents of the output back to the primals."""
-        cts = match(cotangents, run.values, run.out_spec, "cotangents", "output")
+        cts = match(cotangents, wanted, run.out_spec, "cotangents", "output")
         return tuple(run.pull(cts, release=False))
 
-    return (out, vjp_fn, run.aux) if has_aux else (out, vjp_fn)
+    return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)
 
 
 def grad(
@@ -233,7 +235,7 @@ def jvp(
     primals, tangents = as_pair("jvp", primals, tangents)
     leaves, spec = pytree.flatten(primals)
     need_differentiable(leaves, primals, range(len(primals)), "jvp")
-    pushed = match(tangents, leaves, spec, "tangents", "primals")
+    pushed = match(tangents, likes(leaves), spec, "tangents", "primals")
     interpreter = ForwardInterpreter()
     run = run_forward(interpreter, func, leaves, spec, pushed, kwargs, has_aux)
     out = pytree.unflatten(run.out_spec, run.values)

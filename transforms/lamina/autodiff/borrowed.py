@@ -4,6 +4,10 @@ The op is run once on `LeafTensor`s: wrappers with C++ autograd switched on, who
 to the values inside. That records PyTorch's formula for this one op; pulling a cotangent back is
 `torch.autograd.grad` through it, every op of which is lowered again. So it composes with every
 level below, at 60-150 us a call.
+
+Under saved-tensor hooks the node's residuals are what the formula saved, so hooks get those as they
+get the residuals of a rule. The formula of an op from outside PyTorch may also keep tensors where
+no hook is asked; its graph stays whole.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.leaf import Home, unbox
+from lamina.autodiff import saved as _saved
+from lamina.autodiff.leaf import Home, LeafTensor, unbox
 from lamina.autodiff.operands import is_known
-from lamina.autodiff.saved import without_hooks
+from lamina.autodiff.saved import SavedApart, without_hooks
 from lamina_core.dispatch import map_tensors
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.interpreter import mode_off
@@ -101,7 +106,8 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
     home = Home(interpreter)
     boxed, inner, leaves = _wrap_operands(home, known, needs, args, kwargs)
     op = _INSTEAD.get(known.op, known.op)
-    with home.open(), torch.enable_grad(), without_hooks():
+    apart = SavedApart() if _saved.active and known.op.namespace == "aten" else None
+    with home.open(), torch.enable_grad(), apart.recording() if apart else without_hooks():
         out = op(*boxed, **inner)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
     values = map_tensors(unbox, out)
@@ -109,7 +115,23 @@ def borrowed_vjp(interpreter: Any, known: OpFacts, needs: Any, args: Any, kwargs
         return values, (known.name, interpreter.where()), _missing_pullback
     if not any(isinstance(o, Tensor) and o.requires_grad for o in outs):
         return values, (), None
-    return values, (home, known.name, outs, leaves), _borrowed_pullback
+    if apart is None:
+        return values, (home, known.name, outs, leaves), _borrowed_pullback
+    return values, (_Apart(home, known.name, outs, leaves, apart), apart.taken()), _apart_pullback
+
+
+class _Apart:
+    """A formula whose tensors are elsewhere: among the residuals, in the order they were saved."""
+
+    __slots__ = ("followed", "home", "leaves", "name", "outs", "saved")
+
+    def __init__(self, home: Home, name: str, outs: Any, leaves: Any, saved: SavedApart) -> None:
+        self.home, self.name, self.outs, self.leaves, self.saved = home, name, outs, leaves, saved
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        self.followed = _is_followed(wanted)
+        for leaf in (*wanted, *outs):
+            if isinstance(leaf, LeafTensor):
+                leaf.value = None  # from now on a place in the graph
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -132,11 +154,20 @@ def _missing_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
 
 def _borrowed_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
     home, name, outs, leaves = residuals
+    followed = _is_followed([leaf for leaf in leaves if leaf is not None])
     with mode_off():  # a pass that watches for the user's own parameters runs with the mode on
-        return _pulled_back(home, name, outs, leaves, cts)
+        return _pulled_back(home, name, outs, leaves, followed, cts)
 
 
-def _pulled_back(home: Home, name: str, outs: Any, leaves: Any, cts: Any) -> Any:
+def _apart_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
+    formula, values = residuals
+    with mode_off(), formula.saved.given(values):
+        return _pulled_back(
+            formula.home, formula.name, formula.outs, formula.leaves, formula.followed, cts
+        )
+
+
+def _pulled_back(home: Home, name: str, outs: Any, leaves: Any, followed: bool, cts: Any) -> Any:
     # A pullback may be called at another level and under other keys than the op was.
     home.capture()
     wanted = [leaf for leaf in leaves if leaf is not None]
@@ -155,7 +186,7 @@ def _pulled_back(home: Home, name: str, outs: Any, leaves: Any, cts: Any) -> Any
                 [ct for _, ct in pairs],
                 retain_graph=True,
                 # Some formulas take a shortcut unless they have to be differentiable themselves.
-                create_graph=_is_followed([*wanted, *[ct for _, ct in pairs]]),
+                create_graph=followed or _is_followed([ct for _, ct in pairs]),
                 allow_unused=True,
             )
     except RuntimeError as error:

@@ -25,6 +25,7 @@ __all__ = [
     "choose",
     "describe",
     "is_differentiable",
+    "likes",
     "match",
     "named_leaves",
     "need_complex",
@@ -42,11 +43,20 @@ def is_differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+def likes(leaves: Sequence[Any]) -> list[tuple[Any, Any] | None]:
+    """Shape and dtype of each differentiable leaf, None for others: all that `match` asks for."""
+    return [(leaf.shape, leaf.dtype) if is_differentiable(leaf) else None for leaf in leaves]
+
+
 def describe(leaf: Any) -> str:
     """A leaf in a message: `torch.int64 tensor of shape [3]`, or the type of what is no tensor."""
     if isinstance(leaf, Tensor):
-        return f"{leaf.dtype} tensor of shape {list(leaf.shape)}"
+        return _described(leaf.shape, leaf.dtype)
     return type(leaf).__name__
+
+
+def _described(shape: Any, dtype: Any) -> str:
+    return f"{dtype} tensor of shape {list(shape)}"
 
 
 def named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
@@ -221,12 +231,12 @@ def split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
     return out[0], out[1]
 
 
-def match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[Any]:
+def match(given: Any, wanted: list[Any], spec: Any, what: str, of: str) -> list[Any]:
     """Cotangents or tangents as one list, each checked against the value it belongs to.
 
     Args:
         given: The tree of cotangents or tangents.
-        values: The leaves they belong to.
+        wanted: The `likes` of the leaves they belong to.
         spec: The structure that these have.
         what: How messages name `given`, in the plural.
         of: How messages name the values.
@@ -244,16 +254,16 @@ def match(given: Any, values: list[Any], spec: Any, what: str, of: str) -> list[
                 f"to fix: pass one entry of {what} for each leaf of {of}, None for zero",
             )
         )
-    for i, (ct, value) in enumerate(zip(found, values, strict=True)):
-        if ct is None or not is_differentiable(value):
+    for i, (ct, like) in enumerate(zip(found, wanted, strict=True)):
+        if ct is None or like is None:
             found[i] = None
             continue
-        if not isinstance(ct, Tensor) or ct.shape != value.shape or ct.dtype != value.dtype:
+        if not isinstance(ct, Tensor) or (ct.shape, ct.dtype) != like:
             path = spec.accessors()[i].codify("")
             raise TangentError(
                 message(
                     f"{what}{path} does not match {of}{path}",
-                    f"{of}{path}: {describe(value)}",
+                    f"{of}{path}: {_described(*like)}",
                     f"{what}{path}: {describe(ct)}",
                     "to fix: pass a tensor of the same shape and dtype, or None for zero",
                 )

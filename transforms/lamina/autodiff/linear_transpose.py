@@ -21,7 +21,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lamina.autodiff.checks import is_differentiable, match, need_differentiable
+from lamina.autodiff.checks import is_differentiable, likes, match, need_differentiable
 from lamina.autodiff.function import _apply_vjp
 from lamina.autodiff.program import Program, Slot
 from lamina.autodiff.record import RecordedTensor, RecordInterpreter
@@ -92,11 +92,11 @@ def linear_transpose(
             program = recorder.program(_pulled(run, inputs, cts))
     _refuse_constants(inputs, run.values, zeros)
     program.seal()
-    out_spec = run.out_spec
+    out_spec, wanted = run.out_spec, likes(shapes)
 
     def transposed(cotangents: Any) -> tuple[Any, ...]:
         """Send cotangents of the output to cotangents of the primals."""
-        found = match(cotangents, shapes, out_spec, "cotangents", "output")
+        found = match(cotangents, wanted, out_spec, "cotangents", "output")
         values = [
             torch.zeros_like(shape) if ct is None else _conjugate(ct)
             for ct, shape in zip(found, shapes, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.checks import is_differentiable, match, need_differentiable
+from lamina.autodiff.checks import is_differentiable, likes, match, need_differentiable
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.record import RecordInterpreter
 from lamina.autodiff.runs import run_forward
@@ -70,11 +70,11 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         program.move(original)
     run.write_back()
     program.seal()
-    finish = run.filled
+    finish, wanted = run.filled, likes(leaves)
 
     def jvp_fn(*tangents: Any) -> Any:
         """Push tangents of the primals forward to the output."""
-        pushed = match(tangents, leaves, spec, "tangents", "primals")
+        pushed = match(tangents, wanted, spec, "tangents", "primals")
         values = [
             torch.zeros_like(leaf) if t is None else t
             for t, leaf in zip(pushed, leaves, strict=True)

@@ -77,6 +77,10 @@ class ReverseRun:
             start = stop
         return trees
 
+    def let_go(self) -> None:
+        """Drop what the function returned: a pass does not read it, and it may be large."""
+        self.values, self.aux, self.written = [], None, []
+
     def write_back(self, *, keep: bool) -> None:
         """Let the caller see what was written to the arguments (NOTE [Writes]).
 

@@ -11,6 +11,9 @@ by counting. So the levels that were active when the checkpoint was entered come
 the second run, modules get back the tensors that `functional_call` had put into them, and a node is
 packed only while the innermost of those levels is the top of the stack: what a `grad` inside the
 checkpointed function saves is in neither count.
+
+A borrowed formula has C++ autograd save for it. While hooks are active, what it saves goes to a
+list (`SavedApart`) that is a residual like any other, and its graph keeps places in that list.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from lamina_core.interpreter import Interpreter, run_at, thread_mode
 from lamina_core.outer import BELOW_AUTOGRAD, OuterState
 from lamina_core.wrapper import LevelTensor, make_wrapper
 
-__all__ = ["Packed", "new_group", "pack", "without_hooks"]
+__all__ = ["Packed", "SavedApart", "new_group", "pack", "without_hooks"]
 
 _C = torch._C
 _CLASSES = LevelTensor.classes
@@ -208,16 +211,80 @@ def new_group() -> Any:
 
 
 @contextmanager
+def _replaced_hooks(pack_hook: Any, unpack_hook: Any) -> Iterator[None]:
+    """Have C++ autograd call other hooks than those that are active."""
+    _C._autograd._push_saved_tensors_default_hooks(pack_hook, unpack_hook)
+    try:
+        yield
+    finally:
+        _C._autograd._pop_saved_tensors_default_hooks()
+
+
+@contextmanager
 def without_hooks() -> Iterator[None]:
     """Keep hooks from PyTorch's own formulas, which save wrappers made for one op."""
     if not active:
         yield
         return
-    _C._autograd._push_saved_tensors_default_hooks(_again, _again)
-    try:
+    with _replaced_hooks(_again, _again):
         yield
-    finally:
-        _C._autograd._pop_saved_tensors_default_hooks()
+
+
+class SavedApart:
+    """What C++ autograd saves of the leaves of one formula, outside its graph.
+
+    The graph keeps places in a list of values. Between the recording and a pass, and between
+    passes, the values are elsewhere.
+    """
+
+    __slots__ = ("strides", "values")
+
+    def __init__(self) -> None:
+        self.values: Any = []
+
+    def recording(self) -> Any:
+        """A context in which what is saved of leaves goes to the list."""
+        return _replaced_hooks(self._pack, self._unpack)
+
+    def taken(self) -> tuple[Any, ...]:
+        """The list, which from now on is the caller's to keep."""
+        values, self.values = self.values, None
+        self.strides = [value.stride() for value in values]
+        return tuple(values)
+
+    @contextmanager
+    def given(self, values: Any) -> Iterator[None]:
+        """Let the graph be walked, with the list back in its place."""
+        self.values = [_in_layout(*pair) for pair in zip(values, self.strides, strict=True)]
+        try:
+            yield
+        finally:
+            self.values = None
+
+    def _pack(self, tensor: Any) -> Any:
+        if not isinstance(tensor, LeafTensor):
+            return None, tensor.detach()  # the user's own autograd, at work on the values
+        self.values.append(tensor.value)
+        return tensor.home, len(self.values) - 1
+
+    def _unpack(self, packed: Any) -> Any:
+        home, place = packed
+        return place if home is None else home.wrap(self.values[place])
+
+
+def _in_layout(value: Any, stride: Any) -> Any:
+    """What hooks gave back, with the strides of what they were given.
+
+    Formulas look at them: whether a matrix or its transpose was factorised follows from whether the
+    matrix was contiguous. Strides of any kind may come, of overlapping windows too.
+    """
+    if value.stride() == stride or value.numel() == 0:
+        return value
+    room = 1 + sum((size - 1) * step for size, step in zip(value.shape, stride, strict=True))
+    places = torch.arange(room, device=value.device).as_strided(value.shape, stride)
+    memory = value.new_zeros(room)
+    memory[places.reshape(-1)] = value.reshape(-1)
+    return memory.as_strided(value.shape, stride)
 
 
 def _again(tensor: Any) -> Any:

@@ -1,10 +1,28 @@
-"""Small facts of shapes and dtypes that rule files share."""
+"""Small facts of operands that rule files share, most of shapes and dtypes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["count_of", "dims_of", "in_dtype", "keep_dims", "restored"]
+import torch
+
+from lamina_core.dispatch import needs_guard
+from lamina_core.interpreter import thread_mode
+from lamina_core.wrapper import plain_of
+
+__all__ = ["asked_outside", "count_of", "dims_of", "in_dtype", "keep_dims", "restored"]
+
+
+def asked_outside(*values: Any) -> bool:
+    """Whether the user's own autograd is to differentiate what is made of the values.
+
+    For rules that use a fused op which PyTorch has no formula for: they then use others.
+    """
+    outer = thread_mode().outer
+    enabled = torch.is_grad_enabled() if outer is None else outer.grad_enabled
+    if not enabled and torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(value is not None and needs_guard(plain_of(value)) for value in values)
 
 
 def in_dtype(ct: Any, dtype: Any) -> Any:

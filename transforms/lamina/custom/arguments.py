@@ -10,6 +10,7 @@ import torch
 
 from lamina.autodiff.checks import describe, structure_text
 from lamina_core import pytree
+from lamina_core.alias import refresh_levels
 from lamina_core.errors import RuleError, StructureError, message
 
 __all__ = ["Arguments", "Output", "Signature", "need_like", "pair_of"]
@@ -108,6 +109,7 @@ class Arguments:
         others = tuple([arg for at, arg in enumerate(args) if at not in nondiff])
         self.leaves, self.spec = pytree.flatten(others)
         self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        refresh_levels(self.tensors)
 
     @property
     def tensors(self) -> list[Any]:

@@ -70,6 +70,7 @@ class custom_vmap:
         self.fun = fun
         self.signature = Signature(fun, (), ())
         self.rule: Callable[..., Any] | None = None
+        self.linear_from: int | None = None  # which tensors it is linear in, if it is a derivative
 
     def def_vmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Set the rule, and return it, so that this serves as a decorator.
@@ -205,6 +206,10 @@ class _Call(Custom):
         """The pullback, another function with a rule."""
         wanted = [i for i, need in enumerate(needs) if need and self.ins[i].differentiable]
         live = [j for j, ct in enumerate(cts) if ct is not None]
+        first = self.owner.linear_from
+        if first is not None and all(i >= first for i in wanted):
+            # They make no difference, and `linear_transpose` has no values of them.
+            tensors = [*tensors[:first], *[torch.zeros_like(t) for t in tensors[first:]]]
         found = self._derived(_pulled, _pulled_mapped, wanted, live)(
             list(tensors), [cts[j] for j in live]
         )
@@ -226,6 +231,7 @@ class _Call(Custom):
         derived = custom_vmap(functools.partial(plain, self, wanted, live))
         derived.signature.name = f"the derivative of {self.name}"
         derived.def_vmap(functools.partial(mapped, self, wanted, live))
+        derived.linear_from = len(self.ins)
         return derived
 
 

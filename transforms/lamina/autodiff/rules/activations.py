@@ -11,6 +11,7 @@ import math
 import torch
 
 from lamina.autodiff.declare import jvp_rule, pointwise, vjp_rule
+from lamina.autodiff.shapes import asked_outside
 
 aten = torch.ops.aten
 where = torch.where
@@ -57,6 +58,19 @@ def _hardswish_second(t, x, y):
     return where((y > -3) & (y < 3), t * x / 3, 0.0)
 
 
+def _hardsigmoid(t, x):
+    if asked_outside(t, x):
+        return where((x > -3) & (x < 3), t / 6, 0.0)
+    return hardsigmoid_backward(t, x)
+
+
+def _mish(t, x):
+    if asked_outside(t, x):
+        inner = torch.nn.functional.softplus(x).tanh()
+        return t * (inner + x * (1 - inner * inner) * x.sigmoid())
+    return mish_backward(t, x)
+
+
 def _mish_second(t, x, y):
     inner = torch.nn.functional.softplus(y).tanh()
     gate = y.sigmoid()
@@ -69,7 +83,7 @@ def _sigmoid(t, out):
 
 
 def _silu(t, x):
-    if x.is_complex():
+    if x.is_complex() or asked_outside(t, x):
         gate = x.sigmoid()
         return t * (gate * (1 + x * (1 - gate)))
     return silu_backward(t, x)
@@ -103,7 +117,7 @@ pointwise(
 )
 pointwise(aten.gelu.default, lambda t, x, approximate: gelu_backward(t, x, approximate=approximate))
 pointwise(aten.hardshrink.default, lambda t, x, lambd: hardshrink_backward(t, x, lambd))
-pointwise(aten.hardsigmoid.default, lambda t, x: hardsigmoid_backward(t, x))
+pointwise(aten.hardsigmoid.default, _hardsigmoid)
 pointwise(aten.hardswish.default, lambda t, x: hardswish_backward(t, x))
 pointwise(
     aten.hardtanh.default, lambda t, x, min_val, max_val: hardtanh_backward(t, x, min_val, max_val)
@@ -113,7 +127,7 @@ pointwise(
     lambda t, x, negative_slope: leaky_relu_backward(t, x, negative_slope, False),
 )
 pointwise(aten.log_sigmoid.default, lambda t, x: t * (-x).sigmoid())
-pointwise(aten.mish.default, lambda t, x: mish_backward(t, x))
+pointwise(aten.mish.default, _mish)
 pointwise(aten.relu.default, lambda t, out: threshold_backward(t, out, 0))
 pointwise(aten.sigmoid.default, _sigmoid)
 pointwise(aten.silu.default, _silu)
@@ -139,7 +153,7 @@ pointwise(
     _gelu_second,
 )
 pointwise(hardshrink_backward, lambda t, y, lambd: hardshrink_backward(t, y, lambd))
-pointwise(hardsigmoid_backward, lambda t, y: hardsigmoid_backward(t, y))
+pointwise(hardsigmoid_backward, lambda t, y: _hardsigmoid(t, y))
 pointwise(hardswish_backward, lambda t, y: hardswish_backward(t, y), _hardswish_second)
 pointwise(
     hardtanh_backward, lambda t, y, min_val, max_val: hardtanh_backward(t, y, min_val, max_val)
@@ -150,11 +164,11 @@ pointwise(
         t, y, negative_slope, self_is_result
     ),
 )
-pointwise(mish_backward, lambda t, y: mish_backward(t, y), _mish_second)
+pointwise(mish_backward, lambda t, y: _mish(t, y), _mish_second)
 pointwise(
     sigmoid_backward, lambda t, y: sigmoid_backward(t, y), lambda t, x, y: t * x * (1 - 2 * y)
 )
-pointwise(silu_backward, lambda t, y: silu_backward(t, y), _silu_second)
+pointwise(silu_backward, lambda t, y: _silu(t, y), _silu_second)
 pointwise(
     softplus_backward,
     lambda t, y, beta, threshold: softplus_backward(t, y, beta, threshold),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import jvp_rule, vjp_rule
+from lamina.autodiff.shapes import asked_outside
 
 aten = torch.ops.aten
 
@@ -208,8 +209,10 @@ def native_group_norm_rule(
 
 def _group_norm_pullback(residuals: Any, needs: Any, ct: Any, mean_ct: Any, rstd_ct: Any) -> Any:
     x, mean, rstd, weight, sizes = residuals
-    cts = (None, None, None)
-    if ct is not None:
+    cts: Any = (None, None, None)
+    if ct is not None and asked_outside(ct, x, weight):
+        cts = _group_norm_cts(residuals, needs, ct)
+    elif ct is not None:
         cts = aten.native_group_norm_backward.default(
             ct.contiguous(), x, mean, rstd, weight, *sizes, list(needs)
         )
@@ -220,6 +223,25 @@ def _group_norm_pullback(residuals: Any, needs: Any, ct: Any, mean_ct: Any, rstd
         term = _of_statistics(rows, mean, rstd, *seen, [2, 3])
         cts = (_plus(cts[0], _as(term, x).reshape(x.shape)), *cts[1:])
     return cts
+
+
+def _group_norm_cts(residuals: Any, needs: Any, ct: Any) -> Any:
+    """What `native_group_norm_backward` gives, by ops that PyTorch can differentiate."""
+    *tensors, weight, sizes = residuals
+    shapes = _Groups(*sizes)
+    ct, rows, mean, rstd, scale = shapes.given(ct, *tensors, weight)
+    xhat = (rows - mean) * rstd
+    x_ct = weight_ct = bias_ct = None
+    if needs[0]:
+        dy = ct if scale is None else ct * scale
+        inner = dy - dy.mean([2, 3], keepdim=True)
+        x_ct = rstd * (inner - xhat * (dy * xhat).mean([2, 3], keepdim=True))
+        x_ct = _as(x_ct, tensors[0]).reshape(tensors[0].shape)
+    if needs[1]:
+        weight_ct = _as((ct * xhat).sum([0, 3]).flatten(), weight)
+    if needs[2]:
+        bias_ct = ct.sum([0, 3]).flatten()
+    return x_ct, weight_ct, bias_ct
 
 
 @jvp_rule(aten.native_group_norm.default)

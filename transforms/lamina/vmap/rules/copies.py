@@ -12,6 +12,7 @@ import torch
 
 from lamina.vmap.dims import batch_first, ensure_batched, logical_rank, logical_shape, pad_rank
 from lamina.vmap.table import batching_rule, decomposition
+from lamina_core.dispatch import copied
 from lamina_core.errors import MutationError
 
 aten = torch.ops.aten
@@ -160,7 +161,7 @@ def copy(info: Any, in_dims: Any, x: Any, src: Any, non_blocking: bool = False) 
     extra = src.dim() - first - rank
     if extra > 0:  # as an assignment may have it: 1s in front
         src = src.squeeze(tuple(range(first, first + extra)))
-    return aten.copy(ensure_batched(x, x_bdim, info.batch_size), src, non_blocking), 0
+    return copied(ensure_batched(x, x_bdim, info.batch_size), src, non_blocking), 0
 
 
 @batching_rule(aten.fill.Scalar)

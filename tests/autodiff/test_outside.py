@@ -1,0 +1,79 @@
+"""The user's own autograd through our derivatives, where PyTorch has no formula of a fused op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lamina import grad, jvp, vjp, vmap
+
+DOUBLE = torch.float64
+X = torch.linspace(-4.1, 4.2, 24, dtype=DOUBLE).reshape(2, 4, 3).sin() * 2.3
+TANGENT = X.cos()
+WEIGHT = torch.linspace(0.5, 2, 4, dtype=DOUBLE)
+FUNCTIONS = {
+    "group_norm": lambda x: F.group_norm(x, 2, WEIGHT, WEIGHT.cos()),
+    "group_norm, plain": lambda x: F.group_norm(x, 2),
+    "hardsigmoid": lambda x: F.hardsigmoid(x) * x,
+    "mish": F.mish,
+    "pad, circular": lambda x: F.pad(x, (1, 2), mode="circular").sin(),
+    "silu": F.silu,
+}
+TRANSFORMS = {
+    "grad": lambda f, x: grad(lambda x: f(x).sin().sum())(x),
+    "jvp": lambda f, x: jvp(f, (x,), (TANGENT,))[1],
+    "vjp": lambda f, x: vjp(lambda x: f(x)[..., :3].sin(), x)[1](TANGENT)[0],
+    "vmap(grad)": lambda f, x: vmap(grad(lambda x: f(x).sin().sum()))(torch.stack([x, x * 2])),
+    "grad(vmap)": lambda f, x: grad(lambda xs: vmap(f)(xs).sin().sum())(torch.stack([x, x * 2])),
+    "grad(grad)": lambda f, x: grad(lambda x: grad(lambda x: f(x).sin().sum())(x).exp().sum())(x),
+    "jvp(grad)": lambda f, x: jvp(grad(lambda x: f(x).sin().sum()), (x,), (TANGENT,))[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_backward_through_a_derivative(name, transform):
+    run, f = TRANSFORMS[transform], FUNCTIONS[name]
+    weights = torch.linspace(1, 2, 24, dtype=DOUBLE).reshape(X.shape)
+
+    def value(x):
+        out = run(f, x)
+        return (out * torch.linspace(-1, 1, out.numel(), dtype=DOUBLE).reshape(out.shape)).sum()
+
+    leaf = X.clone().requires_grad_()
+    loss = value(leaf)
+    torch.testing.assert_close(loss.detach(), value(X))
+    (found,) = torch.autograd.grad(loss, leaf)
+    slopes = [(value(X + h * weights) - value(X - h * weights)) / (2 * h) for h in (1e-3, 5e-4)]
+    expected = (4 * slopes[1] - slopes[0]) / 3
+    torch.testing.assert_close((found * weights).sum(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_affine_parameters_of_a_group_norm():
+    x = torch.linspace(-1, 1, 24, dtype=DOUBLE).reshape(2, 4, 3).exp()
+
+    def value(weight, bias):
+        first, second = grad(lambda w, b: F.group_norm(x, 2, w, b).sin().sum(), argnums=(0, 1))(
+            weight, bias
+        )
+        return (first * second).sum()
+
+    leaves = [WEIGHT.clone().requires_grad_(), WEIGHT.cos().requires_grad_()]
+    found = torch.autograd.grad(value(*leaves), leaves)
+    expected = grad(value, argnums=(0, 1))(WEIGHT, WEIGHT.cos())
+    torch.testing.assert_close(found, expected)
+
+
+def test_under_no_grad_the_fused_ops_are_used():
+    x = torch.linspace(-1, 1, 5, dtype=DOUBLE, requires_grad=True)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        grad(lambda x: F.silu(x).sum())(x)
+    assert torch.ops.aten.silu_backward.default in seen
