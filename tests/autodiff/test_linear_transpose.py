@@ -194,8 +194,8 @@ def by_transposing(f, *primals):
 
 # The derivative of these is computed by ops that are not linear, or cannot be seen to be.
 NOT_SEEN = frozenset(
-    """grid_sampler_2d grid_sampler_3d matrix_exp native_layer_norm nn.functional.cross_entropy
-    nn.functional.grid_sample nn.functional.layer_norm nn.functional.linear_cross_entropy
+    """grid_sampler_2d grid_sampler_3d matrix_exp nn.functional.cross_entropy
+    nn.functional.grid_sample nn.functional.linear_cross_entropy
     nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
     nn.functional.nll_loss""".split()
 )
