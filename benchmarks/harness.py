@@ -4,8 +4,8 @@ Time. Contenders race in interleaved rounds (A, B, A, B, ...), so a machine that
 second slows all of them down. Ratios are taken within a round and the median is taken over the
 rounds: the answer to "how much slower than the peer" then survives a noisy machine, which the
 microseconds beside it do not. torch runs on one thread, the garbage collector is off while the
-clock runs, and everything is called before it is timed. Contenders of one case must also agree on
-the answer, because the speed of a wrong answer is of no interest.
+clock runs, and in every round a contender runs untimed for as long as it is then timed. Contenders
+of one case must also agree on the answer, because the speed of a wrong answer is of no interest.
 
 Memory. See `peak_memory`.
 """
@@ -92,10 +92,14 @@ def race(
 
 
 def _sample(thunk: Thunk, repeats: int) -> float:
-    """Seconds per call, over `repeats` calls in a row."""
+    """Seconds per call, over `repeats` calls in a row, behind as many that are not timed."""
     gc.collect()
     gc.disable()
     try:
+        # Who ran before has left the caches full of other things; that takes dozens of calls to
+        # mend where an op makes large results, and says nothing about the one that runs now.
+        for _ in range(repeats):
+            thunk()
         start = time.perf_counter()
         for _ in range(repeats):
             thunk()

@@ -362,7 +362,7 @@ def main(arguments: list[str] | None = None) -> harness.Report:
     """Runs all families; returns what it printed."""
     report = harness.start("vmap of single ops, next to ops batched by hand.", arguments)
     quick = report.settings.quick
-    rounds, seconds = (3, 0.0005) if quick else (9, 0.01)
+    rounds, seconds = (3, 0.0005) if quick else (9, 0.05)
     fixed = fixed_costs(20 if quick else 500)
     batch = 4 if quick else BATCH
     for family in FAMILIES:

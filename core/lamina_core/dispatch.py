@@ -25,6 +25,7 @@ from lamina_core.schema import facts
 from lamina_core.wrapper import LevelTensor, highest_interpreter, shares_memory, strip_dead
 
 __all__ = [
+    "call_first",
     "call_one",
     "call_two",
     "copied",
@@ -126,6 +127,13 @@ def call_one(op: Any, call: Any, value: Any) -> Any:
     if type(value) in _CLASSES and value.interpreter.alive:
         return value.interpreter.process(op, (value,), {})
     return call(value)
+
+
+def call_first(op: Any, call: Any, value: Any, rest: Any, kwargs: Any) -> Any:
+    """`call_one` for an op whose further arguments are no tensors."""
+    if type(value) in _CLASSES and value.interpreter.alive:
+        return value.interpreter.process(op, (value, *rest), kwargs)
+    return call(value, *rest, **kwargs)
 
 
 def call_two(op: Any, call: Any, first: Any, second: Any) -> Any:

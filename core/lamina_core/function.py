@@ -29,7 +29,7 @@ from lamina_core.interpreter import Interpreter, run_at, thread_mode
 from lamina_core.outer import autograd_is_on
 from lamina_core.wrapper import LevelTensor, highest_interpreter, level_of, strip_dead
 
-__all__ = ["Applied", "Custom", "apply_custom", "apply_here", "applying"]
+__all__ = ["Applied", "Custom", "apply_custom", "apply_here", "applying", "skipping"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
@@ -101,6 +101,7 @@ class Custom:
         name: The user's class, for messages.
         may_write: Whether forward may write to its arguments.
         has_jvp: Whether `jvp` is defined; if not, it is the transpose of `backward`.
+        once: Whether `backward` may not be differentiated.
     """
 
     name: str
@@ -114,6 +115,15 @@ class Custom:
         `(info, in_dims, *args)` -> `(outputs, out_dims)`, on the values of the level below.
         """
         return None
+
+    @property
+    def once(self) -> bool:
+        """See the class."""
+        return False
+
+    def opened(self) -> Custom:
+        """The same function with a `backward` whose ops are seen, although it is `once`."""
+        raise NotImplementedError
 
     def forward(self, args: tuple[Any, ...], needs: Needs) -> Applied:
         """Run on the values of one level, as user code of that level."""
@@ -146,6 +156,34 @@ def applying(kind: type[Interpreter]) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+# What stands for a function where the level of an interpreter is not concerned by its arguments.
+_SKIPPED: dict[type[Interpreter], Callable[[Any, Custom], Custom]] = {}
+
+
+def skipping(kind: type[Interpreter]) -> Callable[[Any], Any]:
+    """Register what a transform makes of a `Custom` that passes it by: `(interpreter, custom)`."""
+
+    def register(handler: Any) -> Any:
+        _SKIPPED[kind] = handler
+        return handler
+
+    return register
+
+
+def _passing_by(custom: Custom, args: tuple[Any, ...]) -> Custom:
+    """A function of user code, as those levels want it that none of its arguments belongs to."""
+    mode = thread_mode()
+    if mode.top is None or not mode.is_on():
+        return custom
+    concerned = highest_interpreter(_tensors_only(args), {})
+    level: Interpreter | None = mode.top
+    while level is not None and level is not concerned:
+        if type(level) in _SKIPPED:
+            custom = _SKIPPED[type(level)](level, custom)
+        level = level.below
+    return custom
 
 
 def apply_custom(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied:
@@ -330,7 +368,8 @@ def install(make: Callable[[type, tuple[Any, ...], dict[str, Any]], tuple[Custom
             type(arg) in _CLASSES for arg in args
         ):
             return _original(cls, *args, **kwargs)
-        return apply_here(*make(cls, args, kwargs))
+        custom, args = make(cls, args, kwargs)
+        return apply_here(_passing_by(custom, args), args)
 
     _Base.apply = classmethod(apply)
 

@@ -45,6 +45,9 @@ _CONJUGATE = _C.DispatchKey.Conjugate
 _NEGATIVE = _C.DispatchKey.Negative
 
 
+_stack_length = _C._len_torch_dispatch_stack
+
+
 class LevelMode(TorchDispatchMode):
     """The one dispatch mode of a thread: sends every op of user code to the top of the stack."""
 
@@ -73,7 +76,10 @@ class LevelMode(TorchDispatchMode):
 
     def is_on(self) -> bool:
         """Whether torch would send the next op to this mode: not so inside its own handler."""
-        depth = _C._len_torch_dispatch_stack()
+        depth = _stack_length()
+        # HOT: nearly always no mode but the transforms' own has come or gone.
+        if depth < self.depth:
+            return False
         return any(_C._get_dispatch_stack_at(i) is self for i in range(depth - 1, -1, -1))
 
 
@@ -373,7 +379,7 @@ class run_at:
     what a composite op is made of, but not on what stands for a kernel.
     """
 
-    __slots__ = ("autocast", "guard", "interpreter", "outer", "saved", "switch")
+    __slots__ = ("autocast", "depth", "guard", "interpreter", "outer", "saved", "switch")
 
     guard: Any
 
@@ -402,6 +408,7 @@ class run_at:
                 self.guard = _C._ForceDispatchKeyGuard(include, exclude)
                 self.guard.__enter__()
             return
+        self.depth = mode.depth
         autocast = autocast_keys() if self.autocast else None
         off = mode_off()
         off.__enter__()
@@ -417,7 +424,7 @@ class run_at:
             self.guard.__exit__(None, None, None)
         if self.interpreter is None:
             # Back before the switch, which asks the mode whether it is in use.
-            mode.top, mode.outer = self.saved, self.outer
+            mode.top, mode.outer, mode.depth = self.saved, self.outer, self.depth
         if self.switch is not None:
             self.switch.__exit__()
         mode.top = self.saved

@@ -4,11 +4,13 @@
 back to Python as `aten.mul.Tensor`: 2.1 us. Where it is plain which interpreter that will be, and
 no other dispatch mode is active inside the transforms, the operator calls the interpreter itself,
 with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out:
-autocast works above the dispatch modes.
+autocast works above the dispatch modes. So are arguments in any but their plainest form, which the
+usual method then sorts out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +24,16 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 _CLASSES = LevelTensor.classes
 _PLAIN_OPERANDS = frozenset((Tensor, torch.nn.Parameter, float, int))
+_SIZES = frozenset((tuple, list, torch.Size))
 _stack_length = torch._C._len_torch_dispatch_stack
 _pop = torch._C._pop_torch_dispatch_stack
 _push = torch._C._push_on_torch_dispatch_stack
+
+
+def _as(method: Any, usual: Any) -> Any:
+    method.__name__ = usual.__name__
+    method.__doc__ = usual.__doc__
+    return method
 
 
 def _unary(op: Any, usual: Any) -> Any:
@@ -45,9 +54,7 @@ def _unary(op: Any, usual: Any) -> Any:
                 _push(mode)
         return usual(self)
 
-    method.__name__ = usual.__name__
-    method.__doc__ = usual.__doc__
-    return method
+    return _as(method, usual)
 
 
 def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
@@ -76,9 +83,60 @@ def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
                 _push(mode)
         return op(other, self) if swap else usual(self, other)
 
-    method.__name__ = usual.__name__
-    method.__doc__ = usual.__doc__
-    return method
+    return _as(method, usual)
+
+
+def _view(op: Any, usual: Any, parse: Callable[[Any, Any], Any]) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mode: Any = _thread.mode
+        interpreter = self.interpreter
+        length = _stack_length()
+        if not kwargs:
+            if length < mode.depth:
+                if interpreter.alive and (parsed := parse(self, args)) is not None:
+                    return interpreter.process(op, parsed, {})
+            elif (
+                interpreter is mode.top
+                and length == mode.depth
+                and (parsed := parse(self, args)) is not None
+            ):
+                _pop(None)
+                try:
+                    return interpreter.process(op, parsed, {})
+                finally:
+                    _push(mode)
+        return usual(self, *args, **kwargs)
+
+    return _as(method, usual)
+
+
+# The arguments of the op for a call `self.method(*args)`; None is left to the usual method.
+
+
+def _one_int(self: Any, args: Any) -> Any:
+    """`(dim)`."""
+    return (self, *args) if len(args) == 1 and type(args[0]) is int else None
+
+
+def _two_ints(self: Any, args: Any) -> Any:
+    """`(dim0, dim1)`."""
+    if len(args) == 2 and type(args[0]) is int and type(args[1]) is int:
+        return (self, *args)
+    return None
+
+
+def _ints(self: Any, args: Any) -> Any:
+    """`(*sizes)` or `(sizes)`."""
+    sizes = args[0] if len(args) == 1 and type(args[0]) in _SIZES else args
+    for size in sizes:
+        if type(size) is not int:
+            return None
+    return self, list(sizes)
+
+
+def _index(self: Any, args: Any) -> Any:
+    """`x[index]` with an int, which picks from the first dim."""
+    return (self, 0, args[0]) if type(args[0]) is int else None
 
 
 _UNARY = {
@@ -90,6 +148,7 @@ _UNARY = {
     "sigmoid": aten.sigmoid.default,
     "sin": aten.sin.default,
     "sqrt": aten.sqrt.default,
+    "t": aten.t.default,
     "tanh": aten.tanh.default,
 }
 _BINARY = {
@@ -100,9 +159,22 @@ _BINARY = {
     "__sub__": aten.sub.Tensor,
     "__truediv__": aten.div.Tensor,
 }
+_VIEWS = {
+    "__getitem__": (aten.select.int, _index),
+    "expand": (aten.expand.default, _ints),
+    "permute": (aten.permute.default, _ints),
+    "reshape": (aten.reshape.default, _ints),
+    "select": (aten.select.int, _two_ints),
+    "squeeze": (aten.squeeze.dim, _one_int),
+    "transpose": (aten.transpose.int, _two_ints),
+    "unsqueeze": (aten.unsqueeze.default, _one_int),
+    "view": (aten.view.default, _ints),
+}
 
 for _name, _op in _UNARY.items():
     setattr(LevelTensor, _name, _unary(_op, getattr(Tensor, _name)))
 for _name, _op in _BINARY.items():
     _method = _binary(_op, getattr(Tensor, _name), reflected=_name.startswith("__r"))
     setattr(LevelTensor, _name, _method)
+for _name, (_op, _parse) in _VIEWS.items():
+    setattr(LevelTensor, _name, _view(_op, getattr(Tensor, _name), _parse))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from lamina_core.errors import MutationError, NotDifferentiableError, RuleError,
 from lamina_core.function import Applied, Custom, Needs, apply_custom, install
 from lamina_core.wrapper import LevelTensor
 
-__all__ = ["Context", "Meta", "UserFunction"]
+__all__ = ["Context", "Meta", "UserFunction", "differentiated_twice"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
@@ -91,19 +92,28 @@ def _unwrapped(function: Any) -> list[Any]:
     return chain
 
 
+def _is_once(function: Any) -> bool:
+    return getattr(function, "__code__", None) is _ONCE
+
+
 def _mentions(function: Any, *names: str) -> bool:
     codes = [getattr(f, "__code__", None) for f in _unwrapped(function)]
     return any(code is not None and set(names) & set(code.co_names) for code in codes)
 
 
 class UserFunction(Custom):
-    """A subclass of `torch.autograd.Function`."""
+    """A subclass of `torch.autograd.Function`.
+
+    Attributes:
+        user_backward: Its backward, by either of the names.
+    """
 
     def __init__(self, cls: Any) -> None:
         self.cls = cls
         self.name = cls.__name__
         self.in_two_steps = cls.setup_context is not Function.setup_context
         self.has_jvp = cls.jvp is not Function.jvp
+        self.user_backward = cls.backward if cls.vjp is Function.vjp else cls.vjp
         self.may_write = _mentions(cls.forward, "mark_dirty", "dirty_tensors") or _mentions(
             cls.setup_context, "mark_dirty", "dirty_tensors"
         )
@@ -113,6 +123,18 @@ class UserFunction(Custom):
         """The user's own `vmap`; without `setup_context` there would be no `ctx` above it."""
         own = self.cls.vmap is not Function.vmap and self.in_two_steps
         return self.cls.vmap if own else None
+
+    @property
+    def once(self) -> bool:
+        """Whether backward is marked with `@once_differentiable`."""
+        return any(_is_once(f) for f in _unwrapped(self.user_backward))
+
+    def opened(self) -> UserFunction:
+        """The same with the backward that is marked; one behind other decorators stays closed."""
+        opened = copy.copy(self)
+        if _is_once(self.user_backward):
+            opened.user_backward = self.user_backward.__wrapped__
+        return opened
 
     def forward(self, args: tuple[Any, ...], needs: Needs) -> Applied:
         """Run the user's forward, and `setup_context` if there is one."""
@@ -162,6 +184,11 @@ class UserFunction(Custom):
             for name, value in ctx.__dict__.items()
             if name not in _FLAGS
         }
+        if None in sources and self.once:
+            # Through an intermediate the backward depends on arguments: a level that differentiates
+            # it has to find that out.
+            for arg in args:
+                slot(arg)
         frame.materialize = ctx.materialize_grads
         frame.ins = [Meta(arg) if isinstance(arg, Tensor) else None for arg in args]
         frame.outs = [Meta(o) if isinstance(o, Tensor) else None for o in outs]
@@ -217,8 +244,7 @@ class UserFunction(Custom):
         self, tensors: Sequence[Any], rest: Any, needs: Needs, cts: Sequence[Any]
     ) -> list[Any]:
         """Run the user's backward."""
-        backward = self.cls.backward if self.cls.vjp is Function.vjp else self.cls.vjp
-        if any(getattr(f, "__code__", None) is _ONCE for f in _unwrapped(backward)):
+        if self.once:
             once = _Once(self, rest, needs, len(cts))
             args = (*cts, *tensors)
             return apply_custom(once, args, (False,) * len(args)).outs
@@ -228,14 +254,13 @@ class UserFunction(Custom):
         self, tensors: Sequence[Any], frame: _Frame, needs: Needs, cts: Sequence[Any]
     ) -> list[Any]:
         """Run the user's backward, whether or not it may be differentiated again."""
-        backward = self.cls.backward if self.cls.vjp is Function.vjp else self.cls.vjp
         ctx = self._context(tensors, frame, needs, frame.saved)
         if frame.materialize:
             cts = [
                 meta.zeros() if ct is None and meta is not None else ct
                 for ct, meta in zip(cts, frame.outs, strict=True)
             ]
-        found = backward(ctx, *cts)
+        found = self.user_backward(ctx, *cts)
         return self._checked(found, frame, needs)
 
     def _checked(self, found: Any, frame: _Frame, needs: Needs) -> list[Any]:
@@ -326,13 +351,18 @@ class _Once(Custom):
         self, tensors: Sequence[Any], rest: Any, needs: Needs, cts: Sequence[Any]
     ) -> list[Any]:
         """There is none."""
-        raise NotDifferentiableError(
-            message(
-                f"{self.name} is differentiated, but it is marked with @once_differentiable",
-                "a second derivative needs that, and so does jvp of a function without a jvp",
-                "to fix: write the backward with differentiable ops and take the decorator off",
-            )
+        raise differentiated_twice(self.name)
+
+
+def differentiated_twice(name: str) -> NotDifferentiableError:
+    """The error for a second derivative that a decorator forbids."""
+    return NotDifferentiableError(
+        message(
+            f"{name} is differentiated, but it is marked with @once_differentiable",
+            "it serves first derivatives, by vjp or by jvp; a second one needs its own",
+            "to fix: write the backward with differentiable ops and take the decorator off",
         )
+    )
 
 
 def _holds_tensor(value: Any) -> bool:

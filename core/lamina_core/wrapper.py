@@ -112,6 +112,17 @@ class LevelTensor(torch.Tensor):
             )
         )
 
+    def data_ptr(self) -> int:
+        """Refused: there is no memory, and a kernel that is called by its own way would take 0."""
+        raise RuntimeError(
+            message(
+                f"the memory of {self!r} was asked for, which has none of its own",
+                self.interpreter.where(),
+                "to fix: register the kernel as an op (torch.library.custom_op), or call it inside "
+                "an autograd.Function",
+            )
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy at the same level; levels themselves are never copied."""
         if id(self) not in memo:
@@ -165,8 +176,8 @@ def box(cls: type[LevelTensor], value: Any, size: Any, stride: Any) -> Any:
     HOT: without dtype and device the wrapper costs 0.8 us, with them 1.3.
     """
     dtype = value.dtype
-    if stride is None and value.is_cpu and dtype is _default_dtype():
-        return make_wrapper(cls, size)
+    if value.is_cpu and dtype is _default_dtype():
+        return make_wrapper(cls, size) if stride is None else make_wrapper(cls, size, stride)
     return make_wrapper(cls, size, stride, dtype=dtype, device=value.device)
 
 

@@ -14,20 +14,16 @@ import torch
 from torch.autograd import Function
 
 from lamina import grad, jvp, vjp, vmap
-from lamina_core.errors import NotDifferentiableError
 from tests.autodiff.functions import (
-    ONCE,
     PAIRS,
     GradientsInside,
     Numpy,
-    Once,
     Product,
     Sin,
     legacy,
-    once,
     saved_output,
 )
-from tests.under import ALL, DOUBLE, FIRST, FIRST_ORDER, FORWARD, SECOND_ORDER, inputs
+from tests.under import ALL, DOUBLE, FIRST, inputs
 
 
 @pytest.mark.parametrize("transform", ALL)
@@ -37,30 +33,6 @@ def test_under(transform, calls, plain):
     run = ALL[transform]
     torch.testing.assert_close(run(calls, xs.clone()), run(plain, xs))
     assert torch.equal(xs, inputs())
-
-
-@pytest.mark.parametrize("transform", FIRST_ORDER)
-@pytest.mark.parametrize(("calls", "plain"), ONCE)
-def test_once_differentiable_under(transform, calls, plain):
-    xs = inputs()
-    torch.testing.assert_close(FIRST_ORDER[transform](calls, xs), FIRST_ORDER[transform](plain, xs))
-
-
-@pytest.mark.parametrize("transform", [*FORWARD, *SECOND_ORDER])
-def test_once_differentiable_twice(transform):
-    with pytest.raises(NotDifferentiableError) as error:
-        ALL[transform](once, inputs())
-    assert str(error.value) == (
-        "the backward of Once is differentiated, but it is marked with @once_differentiable\n"
-        "  a second derivative needs that, and so does jvp of a function without a jvp\n"
-        "  to fix: write the backward with differentiable ops and take the decorator off"
-    )
-
-
-def test_once_differentiable_is_only_an_error_if_it_is_pulled_back_twice():
-    x = inputs()[0]
-    value, _ = vjp(lambda x: grad(lambda x: Once.apply(x).sum())(x), x)
-    torch.testing.assert_close(value, 3 * x.square())
 
 
 def test_forward_runs_once_on_plain_tensors():

@@ -65,8 +65,14 @@ def test_a_row_for_every_overload(table):
 # The function that makes the handler of an op, by the state of the op.
 MADE_BY = {
     "vmap": {
-        "rule": {"_rule_handler", "under_autocast"},
-        "family": {"_rule_handler", "_unary_handler", "_nary_handler", "_random_handler"},
+        "rule": {"_rule_handler", "_view_handler", "under_autocast"},
+        "family": {
+            "_rule_handler",
+            "_view_handler",
+            "_unary_handler",
+            "_nary_handler",
+            "_random_handler",
+        },
         "decomposed": {"_decompose_handler", "_random_handler"},
         "generic": {"_fallback_handler"},
         "missing": {"_data_dependent_handler"},

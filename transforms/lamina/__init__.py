@@ -1,7 +1,7 @@
 """Lamina: composable function transforms for PyTorch."""
 
 import lamina.autodiff.engine
-import lamina.autodiff.function
+import lamina.autodiff.function_jvp
 import lamina.checkpoint_policies
 import lamina.debug
 import lamina.vmap.function  # noqa: F401 - and under vmap

@@ -48,8 +48,28 @@ def _rrelu(
     return x * drawn, drawn
 
 
+class _Dirichlet(torch.autograd.Function):
+    """[*, n] -> [*, n]. PyTorch has this formula outside of the op, in `torch.distributions`."""
+
+    @staticmethod
+    def forward(ctx: Any, concentration: Any, generator: Any = None) -> Any:
+        """Draw at the level below."""
+        x = aten._sample_dirichlet.default(concentration, generator)
+        ctx.save_for_backward(x, concentration)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, ct: Any) -> Any:
+        """The part of each, less what keeps the sum at 1."""
+        x, concentration = ctx.saved_tensors
+        total = concentration.sum(-1, True).expand_as(concentration)
+        moved = aten._dirichlet_grad.default(x, concentration, total)
+        return moved * (ct - (x * ct).sum(-1, True)), None
+
+
 # What is run in place of an op.
 _INSTEAD: dict[Any, Any] = {
+    aten._sample_dirichlet.default: lambda x, generator=None: _Dirichlet.apply(x, generator),
     aten.rrelu_with_noise_functional.default: _rrelu,
 }
 
@@ -61,8 +81,6 @@ _NO_FORWARD = frozenset(
         aten._batch_norm_with_update_functional.default,
         aten._linalg_det.default,
         aten._linalg_slogdet.default,
-        aten.cudnn_batch_norm.default,
-        aten.miopen_batch_norm.default,
     )
 )
 

@@ -6,6 +6,7 @@
 | `linear(op, transpose)` | ops linear in their one operand | the transposed map |
 | `multilinear(op, *transposes)` | ops linear in each operand | the transposed map in each |
 | `constant(*ops)` | ops whose outputs have no derivative | - |
+| `fixed(op, *places)` | outputs that the first operand has no say in | beside a rule |
 | `@decomposition(op)` | kernels without a formula of their own | the same in other ops |
 | `@vjp_rule(op)`, `@jvp_rule(op)` | the rest | by hand |
 
@@ -32,6 +33,7 @@ from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
 
 __all__ = [
+    "FIXED",
     "FORWARD",
     "REVERSE",
     "Constant",
@@ -41,6 +43,7 @@ __all__ = [
     "Pointwise",
     "constant",
     "decomposition",
+    "fixed",
     "jvp_rule",
     "linear",
     "multilinear",
@@ -51,6 +54,7 @@ __all__ = [
 
 REVERSE = RuleTable("vjp")
 FORWARD = RuleTable("jvp")
+FIXED: dict[Any, frozenset[int]] = {}
 
 _OPERANDS = "xyzw"
 
@@ -64,9 +68,10 @@ class Needed:
             ("dtype", i) or ("arg", name).
         only: For the hot paths, what is needed if that is at most one thing: "none", "out", "x",
             "y", or the default value of an argument in a tuple; None if it is more.
+        tensors: Whether a tensor may be among what is needed.
     """
 
-    __slots__ = ("function", "getters", "only", "places")
+    __slots__ = ("function", "getters", "only", "places", "tensors")
 
     def __init__(self, function: Callable[..., Any], known: OpFacts) -> None:
         self.function = function
@@ -79,6 +84,12 @@ class Needed:
             (("operand", 0),): "x",
             (("operand", 1),): "y",
         }.get(self.places)
+        at = (*known.tensor_args, *known.list_args)
+        named = {known.arg_names[position] for position in at} | set(known.tensor_kwargs)
+        self.tensors = any(
+            place[0] in ("out", "operand") or (place[0] == "arg" and place[1] in named)
+            for place in self.places
+        )
         if self.only is None and len(self.places) == 1 and self.places[0][0] == "arg":
             self.only = (default(known, self.places[0][1]),)
 
@@ -99,7 +110,13 @@ def _getter(place: tuple[Any, ...], known: OpFacts) -> Callable[..., Any]:
         case ("dtype", i):
             return lambda out, operands, args, kwargs: operands[i].dtype
         case (_, name):
-            return lambda out, operands, args, kwargs: argument(known, name, args, kwargs)
+            if name not in known.positional:
+                return lambda out, operands, args, kwargs: argument(known, name, args, kwargs)
+            # HOT: usually given by its place.
+            at = known.positional.index(name)
+            return lambda out, operands, args, kwargs: (
+                args[at] if at < len(args) else argument(known, name, args, kwargs)
+            )
     raise AssertionError(place)
 
 
@@ -204,6 +221,15 @@ def constant(*ops: Any) -> None:
     """Declare ops whose outputs do not depend differentiably on anything."""
     for op in ops:
         _declare(op, Constant(op), None)
+
+
+def fixed(op: Any, *places: int) -> None:
+    """Declare outputs of an op, by their places, that its first operand has no influence on.
+
+    They are known while that operand is not, which is what makes an op such as `nll_loss_forward`
+    linear in it, though its pullback reads the total weight.
+    """
+    FIXED[op] = frozenset(places)
 
 
 def decomposition(*ops: Any) -> Callable[[Any], Any]:

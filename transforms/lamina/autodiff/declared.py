@@ -18,6 +18,7 @@ __all__ = [
     "linear_rule",
     "multilinear_rule",
     "pointwise_rule",
+    "same_dtype_pullback",
     "saved_for",
     "unary_plain_pullback",
     "unary_pullback",
@@ -142,6 +143,15 @@ def linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     function, count, dtype, *saved = residuals
     x_ct = None if ct is None else _real_part_for(function(ct, *saved), dtype)
     return (x_ct, *[None] * (count - 1))
+
+
+def same_dtype_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    """The usual case: one operand, of the output's dtype. Residuals: the transpose, what is saved.
+
+    HOT: views are half of what a transformer does.
+    """
+    function, *saved = residuals
+    return (function(ct, *saved),)
 
 
 def multilinear_rule(declared: Multilinear) -> Any:

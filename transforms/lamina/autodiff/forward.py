@@ -29,8 +29,9 @@ from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina.decompositions import decomposition_of
-from lamina_core.alias import mutate, record_views
+from lamina_core.alias import ViewRecipe, mutate, record_views
 from lamina_core.dispatch import (
+    call_first,
     call_one,
     call_two,
     under_autocast,
@@ -121,7 +122,7 @@ def _resolve(op: Any) -> Any:
     if isinstance(declaration, Pointwise):
         return _pointwise_handler(known, declaration)
     if isinstance(declaration, Linear):
-        return _rule_handler(known, _linear_rule(declaration))
+        return _linear_handler(known, declaration)
     if isinstance(declaration, Multilinear):
         return _rule_handler(known, _multilinear_rule(declaration))
     if isinstance(declaration, Constant):
@@ -305,6 +306,38 @@ def _linear_rule(declared: Linear) -> Any:
         return out, None if tangents[0] is None else push(tangents[0], *args[1:], **kwargs)
 
     return rule
+
+
+def _linear_handler(known: OpFacts, declared: Linear) -> Any:
+    """As in reverse mode, with a way past the general machinery for one operand with a tangent."""
+    general = _rule_handler(known, _linear_rule(declared))
+    if len(known.tensor_args) != 1 or known.list_args or known.tensor_kwargs:
+        return general
+    call, push = known.call, in_any_layout(known)
+    is_view, may_be_view = known.is_view, known.may_be_view
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: as the views of a transformer.
+        x = args[0]
+        if (
+            type(x) is not DualTensor
+            or x.interpreter is not interpreter
+            or x.tangent is None
+            or not (interpreter.grad_enabled and _is_grad_enabled())
+        ):
+            return general(interpreter, op, args, kwargs)
+        value, rest = x.value, args[1:]
+        out = call_first(op, call, value, rest, kwargs)
+        if out is value:
+            return x
+        if out.dtype is not value.dtype:
+            return general(interpreter, op, args, kwargs)
+        wrapped = dual(interpreter, out, push(x.tangent, *rest, **kwargs))
+        if is_view or (may_be_view and shares_memory(out, value)):
+            wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
+        return wrapped
+
+    return handle
 
 
 def _multilinear_rule(declared: Multilinear) -> Any:

@@ -136,7 +136,9 @@ def decompose_handler(decomposition: Any) -> Any:
     """The handler of an op that is run as the ops it is made of."""
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
-        if not any(interpreter.is_own(t) for t in tensors_in(args, kwargs)):
+        if not (args and interpreter.is_own(args[0])) and not any(
+            interpreter.is_own(t) for t in tensors_in(args, kwargs)
+        ):
             return pass_down(interpreter, op, args, kwargs)
         with run_at(interpreter, autocast=facts(op).is_composite):
             return decomposition(*args, **kwargs)

@@ -14,11 +14,12 @@ stands for nothing: its zeros would be a wrong answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 
+from lamina.autodiff.declare import FIXED
 from lamina.autodiff.operands import in_any_layout
 from lamina.autodiff.program import Program, Slot, Step
 from lamina_core.alias import mutate, record_views, refresh_all
@@ -220,10 +221,16 @@ class RecordInterpreter(Interpreter):
         out = lower(self, op, tuple(given.values), given.kwargs)
         if not _all_tensors(out):
             raise self.not_linear(known.name, "it asks for a Python value, which is not known yet")
-        return self.append(given.step(known.name, in_any_layout(known)), out)
+        fixed = FIXED.get(op, ())
+        if fixed and any(type(place) is Slot for place in given.places[1:]):
+            fixed = ()
+        return self.append(given.step(known.name, in_any_layout(known)), out, fixed)
 
-    def append(self, step: Step, out: Any) -> Any:
-        """Write down a step that gives `out` from zeros; return the outputs as wrappers."""
+    def append(self, step: Step, out: Any, fixed: Collection[int] = ()) -> Any:
+        """Write down a step that gives `out` from zeros; return the outputs as wrappers.
+
+        Those at the places `fixed` are not for the program to compute.
+        """
         self.steps.append(step)
         if isinstance(out, Tensor):
             slot = self._new_slot()
@@ -231,10 +238,10 @@ class RecordInterpreter(Interpreter):
             return self._wrap(out, slot)
         step.single = False
         wrapped = []
-        for item in out:
-            place = None if item is None else self._new_slot()
+        for at, item in enumerate(out):
+            place = None if item is None or at in fixed else self._new_slot()
             step.outs.append(place)
-            wrapped.append(item if place is None else self._wrap(item, place))
+            wrapped.append(None if item is None else self._wrap(item, place))
         return type(out)(wrapped)
 
     def program(self, outputs: Sequence[Any]) -> Program:

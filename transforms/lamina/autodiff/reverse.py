@@ -21,6 +21,7 @@ from lamina.autodiff.declared import (
     linear_rule,
     multilinear_rule,
     pointwise_rule,
+    same_dtype_pullback,
     saved_for,
     unary_plain_pullback,
     unary_pullback,
@@ -33,11 +34,13 @@ from lamina.autodiff.operands import (
     pass_through,
     split,
 )
+from lamina.autodiff.parts import PARTS, part_pullback
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompositions import decomposition_of
 from lamina_core.alias import ViewRecipe, mutate, record_views
 from lamina_core.dispatch import (
+    call_first,
     call_one,
     call_two,
     under_autocast,
@@ -347,6 +350,8 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
         return general
     call, name, is_view, may_be_view = known.call, known.name, known.is_view, known.may_be_view
     function, getters = declared.transpose.function, declared.transpose.getters
+    unversioned = None if declared.transpose.tensors else ()
+    is_part = known.op in PARTS
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         # HOT: one operand that is on the tape.
@@ -358,17 +363,25 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
             or not (interpreter.grad_enabled and _is_grad_enabled())
         ):
             return general(interpreter, op, args, kwargs)
-        value = x.value
-        out = call(value, *args[1:], **kwargs)
+        value, rest = x.value, args[1:]
+        out = call_first(op, call, value, rest, kwargs)
         if out is value:
             return x
         operands = (value,)
         saved = [getter(out, operands, args, kwargs) for getter in getters]
-        residuals = (function, 1, value.dtype, *saved)
-        node = Node(name, linear_pullback, residuals, _ONE, ((x.node, x.index),))
+        place = ((x.node, x.index),)
+        if is_part and not kwargs:
+            residuals = (call, rest, function, *saved)
+            node = Node(name, part_pullback, residuals, _ONE, place, 1, unversioned)
+        elif out.dtype is value.dtype:
+            residuals = (function, *saved)
+            node = Node(name, same_dtype_pullback, residuals, _ONE, place, 1, unversioned)
+        else:
+            residuals = (function, 1, value.dtype, *saved)
+            node = Node(name, linear_pullback, residuals, _ONE, place, 1, unversioned)
         wrapped = track(interpreter, out, node)
         if is_view or (may_be_view and shares_memory(out, value)):
-            wrapped.recipe = ViewRecipe(x, op, args[1:], kwargs, None)
+            wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
         return wrapped
 
     return handle

@@ -16,6 +16,7 @@ import torch
 
 from lamina.autodiff import saved as _saved
 from lamina.autodiff.leaf import LeafTensor
+from lamina.autodiff.parts import Part, add_parts, whole
 from lamina_core.alias import stamp
 from lamina_core.config import config
 from lamina_core.errors import MutationError, RuleError, message
@@ -107,6 +108,8 @@ def accumulate(into: list[Any], index: int, ct: Any, owned: set[int]) -> None:
     known = into[index]
     if known is None:
         into[index] = ct
+    elif type(ct) is Part or type(known) is Part:
+        into[index] = add_parts(known, ct, owned)
     elif id(known) in owned and type(ct) is Tensor and not ct.requires_grad:
         known.add_(ct)
     else:
@@ -161,7 +164,7 @@ def backward(
         pullback = node.pullback
         if pullback is None:
             if sequence in results:
-                results[sequence] = received[0]
+                results[sequence] = whole(received[0])
             continue
         residuals = node.residuals
         if residuals is None:
@@ -175,6 +178,9 @@ def backward(
             ):
                 raise _written_over(node, residual)
         residual = None
+        for i, ct in enumerate(received):
+            if type(ct) is Part:
+                received[i] = whole(ct)
         cts = pullback(residuals, node.needs, *received)
         if owned:
             # The sums whose buffer is ours end here: an id may be used again from now on.

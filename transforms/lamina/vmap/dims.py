@@ -73,8 +73,12 @@ def logical_shape(x: Any, x_bdim: int | None) -> tuple[int, ...]:
 
 def physical(dim: int, x: Any, x_bdim: int | None) -> int:
     """The dim of the value that a logical dim stands for."""
-    dim = normalize(dim, logical_rank(x, x_bdim))
-    return dim if x_bdim is None or dim < x_bdim else dim + 1
+    # HOT: no calls for a dim that is in range.
+    rank = x.dim() if x_bdim is None else x.dim() - 1
+    at = dim if dim >= 0 else dim + rank
+    if not 0 <= at < rank:
+        at = normalize(dim, rank)
+    return at if x_bdim is None or at < x_bdim else at + 1
 
 
 def physical_dims(dims: Sequence[int], x: Any, x_bdim: int | None) -> list[int]:

@@ -10,8 +10,8 @@ import torch
 from lamina.vmap.interpreter import VmapInterpreter
 from lamina.vmap.user_ops import wrap_answer
 from lamina_core.dispatch import map_tensors
-from lamina_core.errors import RuleError
-from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
+from lamina_core.errors import RandomnessError, RuleError
+from lamina_core.function import Applied, Custom, Needs, apply_custom, applying, skipping
 from lamina_core.interpreter import asleep, run_at
 
 __all__ = ["VmapInfo"]
@@ -94,6 +94,15 @@ class _Mapped(Custom):
         self.randomness = randomness
         self.dims = dims
 
+    @property
+    def once(self) -> bool:
+        """As the inner function."""
+        return self.inner.once
+
+    def opened(self) -> Custom:
+        """The inner function opened."""
+        return _Mapped(self.inner.opened(), self.size, self.randomness, self.dims)
+
     def _level(self) -> VmapInterpreter:
         return VmapInterpreter(self.size, self.randomness)
 
@@ -159,6 +168,76 @@ class _Mapped(Custom):
             out_ts = self.inner.jvp(saved, inner_rest, lifted)
             level.refresh(out_ts)
             return [self._lowered(level, t) for t in out_ts]
+
+
+@skipping(VmapInterpreter)
+def _skip(interpreter: Any, custom: Custom) -> Custom:
+    return custom if interpreter.randomness == "same" else _Unmapped(custom, interpreter)
+
+
+class _Unmapped(Custom):
+    """A function of arguments that all examples share: run once for all, unless it draws numbers.
+
+    It runs inside a level of its own, to which nothing is mapped but what is drawn.
+    """
+
+    def __init__(self, inner: Custom, interpreter: VmapInterpreter) -> None:
+        self.inner = inner
+        self.interpreter = interpreter
+        self.name = inner.name
+        self.may_write = inner.may_write
+        self.has_jvp = inner.has_jvp
+
+    @property
+    def vmap_rule(self) -> Any:
+        """As the inner function, for the levels below that are concerned."""
+        return self.inner.vmap_rule
+
+    @property
+    def once(self) -> bool:
+        """As the inner function."""
+        return self.inner.once
+
+    def opened(self) -> Custom:
+        """The inner function opened."""
+        return _Unmapped(self.inner.opened(), self.interpreter)
+
+    def forward(self, args: tuple[Any, ...], needs: Needs) -> Applied:
+        """Run the inner forward; raise where its results differ between the examples."""
+        owner = self.interpreter
+        with VmapInterpreter(owner.batch_size, owner.randomness) as level:
+            applied = self.inner.forward(args, needs)
+            level.refresh([*applied.outs, *applied.tensors])
+
+        def shared(tensor: Any) -> Any:
+            if not level.is_own(tensor):
+                return tensor
+            if tensor.bdim is not None:
+                raise owner.error(
+                    RandomnessError,
+                    f"the forward of {self.name} draws random numbers for each example, "
+                    "but none of its arguments is mapped",
+                    f"to fix: pass {self.name}.apply a mapped argument, such as one that is "
+                    "expanded to the batch and mapped over",
+                )
+            return tensor.value
+
+        outs = [map_tensors(shared, out) for out in applied.outs]
+        return applied.lifted(args, outs, [shared(tensor) for tensor in applied.tensors])
+
+    def set_up(self, args: tuple[Any, ...], out: Any, needs: Needs) -> Applied:
+        """As the inner function."""
+        return self.inner.set_up(args, out, needs)
+
+    def backward(
+        self, tensors: Sequence[Any], rest: Any, needs: Needs, cts: Sequence[Any]
+    ) -> list[Any]:
+        """As the inner function."""
+        return self.inner.backward(tensors, rest, needs, cts)
+
+    def jvp(self, tensors: Sequence[Any], rest: Any, tangents: Sequence[Any]) -> list[Any]:
+        """As the inner function."""
+        return self.inner.jvp(tensors, rest, tangents)
 
 
 def _lift(level: Any, value: Any, bdim: int | None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lamina.decompositions import decomposition_of
-from lamina.vmap.batched import wrap
+from lamina.vmap.batched import BatchedTensor, wrap
 from lamina.vmap.dims import EmptyBatchError
 from lamina.vmap.elementwise import elementwise_handler
 from lamina.vmap.fallback import loop_over_examples, note_fallback
@@ -21,11 +21,12 @@ from lamina.vmap.states import (
     decomposition_under_vmap,
     depends_on_data,
     is_plain_pointwise,
+    of_fixed_shape,
     random_decomposition,
 )
 from lamina.vmap.table import RULES, Info
 from lamina.vmap.writes import in_place_handler
-from lamina_core.alias import record_views
+from lamina_core.alias import ViewRecipe, record_views
 from lamina_core.config import config
 from lamina_core.dispatch import pass_down, tensors_in, under_autocast, watched
 from lamina_core.errors import DataDependentError, RuleError
@@ -47,7 +48,10 @@ def resolve(op: Any) -> Handler:
     if rule is not None:
         if rule.state == "decomposed":
             return _decompose_handler(known, rule.function)
-        return under_autocast(op, _rule_handler(rule, known))
+        handle = _rule_handler(rule, known)
+        if (known.is_view or known.may_be_view) and known.tensor_args == (0,):
+            handle = _view_handler(rule, known, handle)
+        return under_autocast(op, handle)
     if known.mutated and decomposition_of(op) is None:
         return in_place_handler(known)
     if known.is_random:
@@ -99,6 +103,38 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
             known.is_view or (known.may_be_view and shares_memory(out, values[0]))
         ) and interpreter.is_own(args[0]):
             return record_views(wrapped, op, args, kwargs)
+        return wrapped
+
+    return handle
+
+
+def _view_handler(rule: Rule, known: OpFacts, general: Handler) -> Handler:
+    """The handler of a view op, with a short cut for a batched operand."""
+    function, is_view = rule.function, known.is_view
+
+    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        # HOT: views are half of what a transformer does.
+        x = args[0]
+        if (
+            kwargs
+            or type(x) is not BatchedTensor
+            or x.interpreter is not interpreter
+            or x.bdim is None
+            or config.debug
+        ):
+            return general(interpreter, op, args, kwargs)
+        value, rest = x.value, args[1:]
+        try:
+            out, out_dims = function(interpreter.info, (x.bdim,), value, *rest)
+        except EmptyBatchError:
+            return general(interpreter, op, args, kwargs)
+        if not isinstance(out, Tensor):
+            return record_views(interpreter.wrap_out(out, out_dims), op, args, kwargs)
+        if out is value and out_dims == x.bdim:
+            return x
+        wrapped = wrap(interpreter, out, out_dims)
+        if is_view or shares_memory(out, value):
+            wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
         return wrapped
 
     return handle
@@ -168,7 +204,7 @@ def _data_dependent_handler(known: OpFacts) -> Handler:
             raise interpreter.error(
                 DataDependentError,
                 f"{known.name} would give each example an output of its own shape",
-                "to fix: use torch.where, a masked reduction or torch.nonzero_static",
+                f"to fix: use {of_fixed_shape(op)}",
             )
         raise interpreter.error(
             DataDependentError,

@@ -106,7 +106,7 @@ def native_layer_norm_rule(
     needs: Any, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float
 ) -> Any:
     """[*B, *S], S, [*S], [*S] -> [*B, *S], mean [*B, *1], rstd [*B, *1]."""
-    outs = aten.native_layer_norm.default(x, normalized_shape, weight, bias, eps)
+    outs = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     residuals = (x, normalized_shape, outs[1], outs[2], weight, bias)
     return outs, residuals, _layer_norm_pullback
 
@@ -128,7 +128,7 @@ def _layer_norm_pullback(
 
 def _layer_norm_jvp(tangents: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     x_t, weight_t, bias_t = tangents
-    outs = aten.native_layer_norm.default(x, shape, weight, bias, eps)
+    outs = torch.native_layer_norm(x, shape, weight, bias, eps)
     _, mean, rstd = outs
     xhat_t = xhat = None
     if x_t is not None:

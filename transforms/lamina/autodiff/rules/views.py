@@ -2,8 +2,8 @@
 
 All are linear; the transpose of a view puts the cotangent where the view looked. The machinery
 knows which tensor is a view of which, so nothing here speaks of writes. Views that are sometimes
-copies (reshape, flatten, contiguous, to) have no declaration: PyTorch decides by the strides which
-of the two they are, and decomposes them.
+copies (contiguous, to) have no declaration: PyTorch decides by the strides which of the two they
+are, and decomposes them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ linear(aten._unsafe_view.default, _reshape_ct)
 linear(aten.alias.default, lambda ct: ct)
 linear(aten.expand.default, lambda ct, x_shape: unbroadcast(ct, x_shape))
 linear(aten.expand_as.default, lambda ct, x_shape: unbroadcast(ct, x_shape))
+linear(aten.flatten.using_ints, _reshape_ct)
 linear(aten.squeeze.default, _reshape_ct)
 linear(aten.squeeze.dim, _squeeze_dim_ct)
 linear(aten.squeeze.dims, _reshape_ct)

@@ -118,16 +118,19 @@ def expand(info: Any, in_dims: Any, x: Any, size: Any, *, implicit: bool = False
 def permute(info: Any, in_dims: Any, x: Any, dims: Any) -> Any:
     """[B, *S] -> [B, *S permuted]."""
     bdim = in_dims[0]
-    return x.permute(physical_size(physical_dims(dims, x, bdim), bdim, bdim)), bdim
+    order = [physical(dim, x, bdim) for dim in dims]
+    order.insert(bdim, bdim)
+    return x.permute(order), bdim
 
 
 @batching_rule(aten.select.int)
 def select(info: Any, in_dims: Any, x: Any, dim: int, index: int) -> Any:
     """[B, *S] -> [B, *S without dim]."""
-    if logical_rank(x, in_dims[0]) == 0:
+    bdim = in_dims[0]
+    if x.dim() == 1:
         raise IndexError("select() cannot be applied to a 0-dim tensor.")
-    at = physical(dim, x, in_dims[0])
-    return x.select(at, index), without(in_dims[0], at)
+    at = physical(dim, x, bdim)
+    return x.select(at, index), bdim - 1 if at < bdim else bdim
 
 
 @batching_rule(aten.slice.Tensor)
@@ -167,7 +170,11 @@ def squeeze(info: Any, in_dims: Any, x: Any) -> Any:
 @batching_rule(aten.squeeze.dim)
 def squeeze_dim(info: Any, in_dims: Any, x: Any, dim: int) -> Any:
     """[B, *S] -> [B, *S without dim, if it is 1]."""
-    return _squeeze(x, in_dims[0], [dim])
+    bdim = in_dims[0]
+    if x.dim() == 1:
+        return _squeeze(x, bdim, [dim])
+    at = physical(dim, x, bdim)
+    return x.squeeze(at), bdim - 1 if at < bdim and x.shape[at] == 1 else bdim
 
 
 @batching_rule(aten.squeeze.dims)
@@ -197,11 +204,11 @@ def t(info: Any, in_dims: Any, x: Any) -> Any:
 @batching_rule(aten.transpose.int)
 def transpose(info: Any, in_dims: Any, x: Any, dim0: int, dim1: int) -> Any:
     """[B, *S] -> [B, *S with dim0 and dim1 swapped]."""
-    rank = logical_rank(x, in_dims[0])
-    if rank == 0:
-        normalize(dim0, rank), normalize(dim1, rank)
-        return aten.alias(x), in_dims[0]
-    return x.transpose(*physical_dims((dim0, dim1), x, in_dims[0])), in_dims[0]
+    bdim = in_dims[0]
+    if x.dim() == 1:
+        normalize(dim0, 0), normalize(dim1, 0)
+        return aten.alias(x), bdim
+    return x.transpose(physical(dim0, x, bdim), physical(dim1, x, bdim)), bdim
 
 
 @batching_rule(aten.unbind.int)
@@ -254,10 +261,28 @@ def unsqueeze(info: Any, in_dims: Any, x: Any, dim: int) -> Any:
 def view(info: Any, in_dims: Any, x: Any, size: Any, stride: Any = None) -> Any:
     """[B, *S] -> [B, *size]. Copies where the batch dim separates dims that are merged."""
     x = batch_first(x, in_dims[0])
-    numel = 1
-    for entry in x.shape[1:]:
-        numel *= entry
-    return x.reshape(x.shape[0], *infer_size(size, numel)), 0
+    batch = x.shape[0]
+    if batch:
+        try:
+            return x.reshape(batch, *size), 0
+        except RuntimeError:
+            pass  # said below in the sizes of one example
+    return x.reshape(batch, *infer_size(size, x.shape[1:].numel())), 0
+
+
+@batching_rule(aten.flatten.using_ints)
+def flatten(info: Any, in_dims: Any, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """[B, *S] -> [B, *S with the dims from start_dim to end_dim merged]."""
+    bdim = in_dims[0]
+    if x.dim() == 1:
+        normalize(start_dim, 0), normalize(end_dim, 0)
+        return x.unsqueeze(1), bdim
+    first, last = physical(start_dim, x, bdim), physical(end_dim, x, bdim)
+    if first > last:
+        raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
+    if first < bdim < last:
+        x, bdim, first = batch_first(x, bdim), 0, first + 1
+    return x.flatten(first, last), bdim - (last - first) if last < bdim else bdim
 
 
 @batching_rule(aten._reshape_copy.default)
