@@ -23,6 +23,7 @@ DOUBLE, COMPLEX = torch.float64, torch.complex128
 X = torch.tensor([0.3, 0.7, 1.1], dtype=DOUBLE)
 A = torch.arange(12.0, dtype=DOUBLE).reshape(4, 3).sin()
 INDEX = torch.tensor([0, 2, 2, 1])
+POINTS = A[:, :2].reshape(1, 2, 2, 2)
 
 
 def basis(like):
@@ -67,6 +68,10 @@ LINEAR = {
     "jvp": lambda t: lamina.jvp(lambda x: x.sin() * x.sum(), (X,), (t,))[1],
     "vjp": lambda ct: lamina.vjp(lambda x: x.sin() * x.sum(), X)[1](ct)[0],
     "zero": lambda x: x * 0,
+    "nll_loss": lambda x: nn.functional.nll_loss(x.expand(4, 3), INDEX, A[0] ** 2),
+    "grid_sample": lambda x: nn.functional.grid_sample(
+        x.expand(1, 1, 2, 3), POINTS, padding_mode="border", align_corners=False
+    ),
 }
 
 
@@ -192,17 +197,13 @@ def by_transposing(f, *primals):
     return out, lambda cts: conjugated(transposed(conjugated(cts)))
 
 
-# The derivative of these is computed by ops that are not linear, or cannot be seen to be.
-NOT_SEEN = frozenset(
-    """grid_sampler_2d grid_sampler_3d matrix_exp nn.functional.cross_entropy
-    nn.functional.grid_sample nn.functional.linear_cross_entropy
-    nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
-    nn.functional.nll_loss""".split()
-)
+# Its derivative is a block of the exponential of a larger matrix that the tangent is a block of.
+NOT_SEEN = frozenset(["matrix_exp"])
 DRAWN_TWICE = frozenset(["normal"])  # one value for `linearize`, another for the reference
 SOME = """as_strided baddbmm cholesky_solve cumprod fft.irfft gather index_put linalg.qr
     linalg.svdvals nn.functional.batch_norm nn.functional.conv2d nn.functional.max_pool2d
-    nn.functional.pad.reflect nn.functional.unfold sort split where""".split()
+    nn.functional.grid_sample nn.functional.nll_loss nn.functional.pad.reflect
+    nn.functional.unfold sort split where""".split()
 
 
 def pytest_generate_tests(metafunc):

@@ -7,6 +7,7 @@ computed, running statistics, masks and random draws.
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamina
 
@@ -53,6 +54,11 @@ CASES = {
     "det": (torch.linalg.det, (3, 3)),
     "eigh": (lambda x: torch.linalg.eigvalsh(x + x.mT), (3, 3)),
     "embedding": (lambda w: F.embedding(INDICES, w, padding_idx=2).pow(2), (5, 3)),
+    "grid_sample": (
+        lambda x, grid: F.grid_sample(x, grid.sin(), align_corners=False),
+        (2, 3, 4, 6),
+        (2, 3, 2, 2),
+    ),
     "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), (3, 4, 5), (4,), (4,)),
     "layer_norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), (3, 5), (5,), (5,)),
     "linear": (F.linear, (2, 4, 3), (5, 3), (5,)),
@@ -157,6 +163,50 @@ def test_frozen_factors_are_neither_kept_nor_differentiated():
     expected = torch.autograd.grad(out, leaf, torch.ones_like(out))
     _, pullback = lamina.vjp(lambda x: F.conv2d(x, kernel), image)
     torch.testing.assert_close(pullback(torch.ones_like(out)), expected)
+
+
+class Operands(TorchDispatchMode):
+    """What each `convolution_backward` is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.convolution_backward.default:
+            self.seen += args[1:3]
+        return op(*args, **(kwargs or {}))
+
+
+def test_the_frozen_operand_of_a_convolution_is_not_copied():
+    """PyTorch makes a contiguous copy of what it is given for it, though nobody reads it."""
+    kernel, images, kernels = randn(4, 3, 2, 2), randn(5, 2, 3, 5, 4), randn(5, 4, 3, 2, 2)
+
+    def f(x, w):
+        return F.conv2d(x, w, stride=(2, 1)).pow(2).sum()
+
+    def both(x, w):
+        return lamina.vmap(lamina.grad(f))(x, w), lamina.vmap(lamina.grad(f, 1))(x, w)
+
+    with Operands() as operands:
+        of_x = lamina.grad(f)(images[0], kernel)
+        second = lamina.jvp(lamina.grad(f), (images[0], kernel), (images[1], 0 * kernel))[1]
+        rows = lamina.vmap(lambda x: lamina.grad(f)(x, kernel))(images)
+        own, weights = both(images, kernels)
+    assert operands.seen
+    assert all(operand.is_contiguous() for operand in operands.seen)
+
+    def expected(x, w):
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        return torch.autograd.grad(f(x, w), (x, w))
+
+    torch.testing.assert_close(of_x, expected(images[0], kernel)[0])
+    torch.testing.assert_close(rows, torch.stack([expected(x, kernel)[0] for x in images]))
+    pairs = [expected(x, w) for x, w in zip(images, kernels, strict=True)]
+    torch.testing.assert_close(own, torch.stack([pair[0] for pair in pairs]))
+    torch.testing.assert_close(weights, torch.stack([pair[1] for pair in pairs]))
+    reference = torch.autograd.functional.hvp(lambda x: f(x, kernel), images[0], images[1])[1]
+    torch.testing.assert_close(second, reference)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1, 3, 5), (2, 4, 3, 5), "bool"])

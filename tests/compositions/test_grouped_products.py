@@ -110,3 +110,19 @@ def test_an_assertion_holds_for_every_example():
     x[1] = -1
     with pytest.raises(RuntimeError, match="the sum is positive"):
         vmap(f)(x)
+
+
+@pytest.mark.parametrize("size", [0, BATCH])
+def test_an_assertion_on_the_form_of_an_example(size):
+    """As exported graphs make them."""
+    check = torch.ops.aten._assert_tensor_metadata
+
+    def f(x, dtype):
+        check(x, [2], None, dtype)
+        return x * 2
+
+    x = torch.ones(2, size)
+    assert torch.equal(vmap(lambda x: f(x, torch.float32), 1)(x), x.T * 2)
+    if size:
+        with pytest.raises(RuntimeError, match="dtype mismatch"):
+            vmap(lambda x: f(x, torch.float64), 1)(x)

@@ -66,7 +66,26 @@ def test_unique():
         """\
 aten._unique2.default would give each example an output of its own shape
   while interpreting at level 1: vmap(batch_size=2, randomness='error')
-  to fix: use torch.where, a masked reduction or torch.nonzero_static""",
+  to fix: use s = x.sort().values and s[1:] != s[:-1], which marks where a new value starts, or \
+count integers below n with zeros(n).scatter_add(0, x, ones)""",
+    )
+
+
+def test_unique_neighbours_and_rows():
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(torch.unique_consecutive)(X)),
+        """\
+aten.unique_consecutive.default would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use x[1:] != x[:-1], which marks where a new value starts""",
+    )
+    assert_expected_inline(
+        said(DataDependentError, lambda: vmap(lambda x: torch.unique(x, dim=0))(X[..., None])),
+        """\
+aten.unique_dim.default would give each example an output of its own shape
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: use (x[1:] != x[:-1]).any(1), which marks where a new row starts, behind a sort of the \
+rows""",
     )
 
 

@@ -42,6 +42,19 @@ def test_a_read_by_a_mask_of_each_example():
     assert_stacked(lambda x: torch.where(x > 1, x, 0).sum(), X)
 
 
+def test_what_the_error_of_unique_advises():
+    x = torch.tensor([[3, 0, 3, 1], [2, 2, 2, 2]])
+
+    def count(x):
+        s = x.sort().values
+        return 1 + (s[1:] != s[:-1]).sum(), torch.zeros(4).scatter_add(0, x, torch.ones(4)) > 0
+
+    number, present = vmap(count)(x)
+    for i, row in enumerate(x):
+        assert number[i] == len(row.unique())
+        assert torch.equal(present[i].nonzero().flatten(), row.unique())
+
+
 def test_one_hot_without_the_number_of_classes():
     agree, differ = torch.tensor([[0, 2], [2, 1]]), torch.tensor([[0, 2], [0, 1]])
     assert_stacked(torch.nn.functional.one_hot, agree)

@@ -28,12 +28,8 @@ def test_the_list_is_short_and_says_why():
 
 def test_the_warning_tells_the_reason(monkeypatch):
     monkeypatch.setattr(lamina.config, "fallback", "warn")
-    x, scale = torch.linspace(-1, 1, 6).reshape(2, 3), torch.tensor([[0.1], [0.3]])
-    zero = torch.zeros(1)
-    with pytest.warns(FallbackWarning, match="scale and the zero point of one tensor"):
-        vmap(lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(x, s, zero, -8, 7))(
-            x, scale
-        )
+    with pytest.warns(FallbackWarning, match="no product of batches of integer matrices"):
+        vmap(torch._int_mm)(*[torch.ones(2, 3, 3, dtype=torch.int8)] * 2)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (2, 0), (0, None), (None, 1)])
@@ -59,56 +55,42 @@ def test_no_examples():
     assert out.dtype == torch.int32
 
 
-def sgd(weight, slope):
-    """One step, by a kernel that writes to lists of tensors."""
-    weight, slope, momentum = weight.clone(), slope.clone(), torch.zeros_like(weight)
-    torch._fused_sgd_(
-        [weight],
-        [slope],
-        [momentum],
-        weight_decay=0.1,
-        momentum=0.9,
-        lr=0.1,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=True,
-    )
-    return weight, momentum
+def unscaled(slope, found, scale):
+    """Gradients divided by their scale, by a kernel that writes to a list and to a tensor."""
+    slope, found = slope.clone(), found.clone()
+    torch._amp_foreach_non_finite_check_and_unscale_([slope], found, scale)
+    return slope, found
+
+
+def scaled():
+    slopes = torch.arange(6.0).reshape(3, 2)
+    slopes[1, 0] = torch.inf
+    return slopes, torch.zeros(3, 1), torch.tensor([1.0, 0.5, 0.25])
 
 
 def test_an_op_that_writes_to_its_arguments():
-    weight, slope = torch.arange(6.0).reshape(3, 2), torch.ones(3, 2)
-    before = weight.clone()
-    actual = vmap(sgd)(weight, slope)
-    rows = [sgd(w, s) for w, s in zip(weight, slope, strict=True)]
+    args = scaled()
+    before = args[0].clone()
+    actual = vmap(unscaled)(*args)
+    rows = [unscaled(*row) for row in zip(*args, strict=True)]
     for a, column in zip(actual, zip(*rows, strict=True), strict=True):
         torch.testing.assert_close(a, torch.stack(column))
-    assert torch.equal(weight, before)
-    assert [out.shape for out in vmap(sgd)(weight[:0], slope[:0])] == [(0, 2), (0, 2)]
+    assert torch.equal(args[0], before)
+    shapes = [out.shape for out in vmap(unscaled)(*(arg[:0] for arg in args))]
+    assert shapes == [(0, 2), (0, 1)]
 
 
 def test_an_op_that_writes_to_an_argument_of_the_caller():
-    weight, slope = torch.arange(6.0).reshape(3, 2), torch.ones(3, 2)
-    expected = torch.stack([sgd(w, s)[0] for w, s in zip(weight, slope, strict=True)])
+    slopes, found, scales = scaled()
+    expected = torch.stack([unscaled(*row)[0] for row in zip(slopes, found, scales, strict=True)])
 
-    def f(weight, slope):
-        torch._fused_sgd_(
-            [weight],
-            [slope],
-            [torch.zeros_like(weight)],
-            weight_decay=0.1,
-            momentum=0.9,
-            lr=0.1,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=True,
-        )
-        return weight
+    def f(slope, found, scale):
+        torch._amp_foreach_non_finite_check_and_unscale_([slope], found, scale)
+        return slope
 
-    torch.testing.assert_close(vmap(f)(weight, slope), expected)
-    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(vmap(f)(slopes, found, scales), expected)
+    torch.testing.assert_close(slopes, expected)
+    assert found.tolist() == [[0], [1], [0]]
 
 
 def test_at_two_levels():

@@ -175,6 +175,13 @@ def test_conv(transposed, groups, where):
         agree(lambda *a: op(*a, stride=2, padding=1, groups=groups), args, in_dims)
 
 
+def test_conv_with_one_setting_for_all_dims():
+    for args, in_dims in batches((2, 4, 5, 6), (6, 4, 2, 3), (6,)):
+        agree(
+            lambda *a: torch.ops.aten.convolution(*a, [2], [1], [1], False, [0], 1), args, in_dims
+        )
+
+
 @pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])

@@ -39,6 +39,38 @@ def test_fake_with_scales_of_their_own(x):
     assert_stacked(lambda x: per_channel(x, SCALE[0], ZERO[0]), x)
 
 
+LEARNED = torch.tensor([[0.4, 1.5, -2.5, 30.0], [2.5, -0.7, 0.5, 1.0], [-3.2, 1.2, -9.0, 0.0]])
+
+
+def test_fake_with_learned_parameters():
+    one = torch._fake_quantize_learnable_per_tensor_affine
+    for zero in LEARNED.T:  # halves, negative ones, some out of range
+        learned(one, (), SCALE[:, :1], zero[:, None])
+    learned(torch._fake_quantize_learnable_per_channel_affine, (0,), SCALE, LEARNED)
+
+
+def learned(op, axis, scale, zero):
+    backward = getattr(torch.ops.aten, f"{op.__name__}_backward")
+    rest = (*axis, *RANGE, 0.5)
+    assert_stacked(lambda x, s, z: op(x, s, z, *axis, *RANGE), X, scale, zero)
+    assert_stacked(lambda x: op(x, scale[0], zero[0], *rest), X)
+    assert_stacked(lambda ct, x, s, z: backward(ct, x, s, z, *rest), X.cos(), X, scale, zero)
+
+
+def test_gradients_of_learned_parameters():
+    def loss(x, scale, zero):
+        out = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, 0, *RANGE, 0.3)
+        return out.square().sum()
+
+    actual = vmap(lamina.grad(loss, (0, 1, 2)))(X, SCALE, LEARNED)
+    rows = []
+    for row in zip(X, SCALE, LEARNED, strict=True):
+        leaves = [v.clone().requires_grad_() for v in row]
+        rows.append(torch.autograd.grad(loss(*leaves), leaves))
+    expected = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    torch.testing.assert_close(actual, expected)
+
+
 @quantised
 def test_one_scale_for_all():
     assert_stacked(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize(), X)

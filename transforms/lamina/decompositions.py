@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lamina.kernels import KERNELS
+from lamina.optimisers import OPTIMISERS
 from lamina.packed import PACKED
 from lamina.resampling import RESAMPLED
 
@@ -171,6 +173,8 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     aten.dropout.default: dropout,
     # A view and a write: there is no form out of place to put in its stead.
     aten.fill_diagonal_.default: aten.fill_diagonal_.default.decompose,
+    **KERNELS,
+    **OPTIMISERS,
     **PACKED,
     **RESAMPLED,
 }

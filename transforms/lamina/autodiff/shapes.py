@@ -10,7 +10,7 @@ from lamina_core.dispatch import needs_guard
 from lamina_core.interpreter import thread_mode
 from lamina_core.wrapper import plain_of
 
-__all__ = ["asked_outside", "count_of", "dims_of", "in_dtype", "keep_dims", "restored"]
+__all__ = ["asked_outside", "count_of", "dims_of", "in_dtype", "keep_dims", "restored", "stand_in"]
 
 
 def asked_outside(*values: Any) -> bool:
@@ -63,3 +63,8 @@ def keep_dims(x: Any, rank: int, dim: Any, keepdim: bool) -> Any:
 def restored(ct: Any, x_shape: Any, dim: Any, keepdim: bool) -> Any:
     """Expand a reduced tensor to the shape of what was reduced: the transpose of a sum."""
     return keep_dims(ct, len(x_shape), dim, keepdim).expand(x_shape)
+
+
+def stand_in(like: Any, shape: Any) -> Any:
+    """A tensor that shows a shape to an op which reads nothing else of it: one element."""
+    return like.new_empty(()).expand(shape)

@@ -15,7 +15,6 @@ __all__ = ["LOOPED"]
 aten = torch.ops.aten
 
 _INTEGERS = "PyTorch has no product of batches of integer matrices"
-_ONE_SCALE = "its kernel reads the scale and the zero point of one tensor"
 _PACKED = "its kernel packs or reads the packed weights of one matrix"
 _PROCESSES = "a part of SyncBatchNorm, which exchanges what it computes with other processes"
 _RECURRENT = "its kernel holds the weights of one network; torch.lstm and others get by without it"
@@ -26,10 +25,6 @@ LOOPED: dict[Any, str] = {
     aten._convert_weight_to_int4pack_for_cpu.default: _PACKED,
     aten._dyn_quant_matmul_4bit.default: _PACKED,
     aten._dyn_quant_pack_4bit_weight.default: _PACKED,
-    aten._fake_quantize_learnable_per_channel_affine.default: _ONE_SCALE,
-    aten._fake_quantize_learnable_per_channel_affine_backward.default: _ONE_SCALE,
-    aten._fake_quantize_learnable_per_tensor_affine.default: _ONE_SCALE,
-    aten._fake_quantize_learnable_per_tensor_affine_backward.default: _ONE_SCALE,
     aten._int_mm.default: _INTEGERS,
     aten._scaled_mm.default: _SCALED,
     aten._scaled_mm_v2.default: _SCALED,

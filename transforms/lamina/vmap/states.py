@@ -14,9 +14,12 @@ __all__ = [
     "decomposition_under_vmap",
     "depends_on_data",
     "is_plain_pointwise",
+    "of_fixed_shape",
     "random_decomposition",
     "state_of",
 ]
+
+aten = torch.ops.aten
 
 
 def state_of(op: Any) -> str:
@@ -40,6 +43,29 @@ def state_of(op: Any) -> str:
 def depends_on_data(op: Any) -> bool:
     """Whether the result is a Python value, or of a shape, that examples need not share."""
     return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+
+
+_MASKED = "torch.where, a masked reduction or torch.nonzero_static"
+_SORTED = (
+    "s = x.sort().values and s[1:] != s[:-1], which marks where a new value starts, or count "
+    "integers below n with zeros(n).scatter_add(0, x, ones)"
+)
+_NEIGHBOURS = "x[1:] != x[:-1], which marks where a new value starts"
+_ROWS = "(x[1:] != x[:-1]).any(1), which marks where a new row starts"
+_FIXED_SHAPE = {
+    aten._unique.default: _SORTED,
+    aten._unique2.default: _SORTED,
+    aten.argwhere.default: _MASKED,
+    aten.nonzero.default: _MASKED,
+    aten.unique_consecutive.default: _NEIGHBOURS,
+    aten.unique_dim.default: f"{_ROWS}, behind a sort of the rows",
+    aten.unique_dim_consecutive.default: _ROWS,
+}
+
+
+def of_fixed_shape(op: Any) -> str:
+    """What to use in place of an op whose output has a shape that depends on values."""
+    return _FIXED_SHAPE.get(op, "an op whose output shape does not depend on values")
 
 
 def decomposition_under_vmap(op: Any) -> Any:

@@ -18,9 +18,12 @@ aten = torch.ops.aten
 _X, _WEIGHT = [True, False, False], [False, True, False]
 
 
-def stand_in(like: Any, shape: Any) -> Any:
-    """A tensor that only shows a shape: one element of memory, values never read."""
-    return like.new_empty(()).expand(shape)
+def _unread(like: Any, shape: Any) -> Any:
+    """An operand that only shows a shape, as its own gradient is not asked for.
+
+    It has memory of its own, never touched: of an expanded number PyTorch makes a whole copy.
+    """
+    return like.new_empty(shape)
 
 
 @vjp_rule(aten.convolution.default)
@@ -34,7 +37,7 @@ def convolution_rule(needs: Any, x: Any, weight: Any, bias: Any, *settings: Any)
 
 def _convolution_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     x, weight, shape, sizes, settings = residuals
-    x = stand_in(ct, shape) if x is None else x
+    x = _unread(ct, shape) if x is None else x
     return aten.convolution_backward.default(ct, x, weight, sizes, *settings, list(needs))
 
 
@@ -51,21 +54,24 @@ def convolution_jvp(tangents: Any, x: Any, weight: Any, bias: Any, *settings: An
         term = aten.convolution.default(x, weight_t, rider, *settings)
         total = term if total is None else total + term
     if total is None:
-        total = _over_channels(bias_t, out)
+        total = _over_channels(bias_t, out.shape)
     return out, total
 
 
-def _over_channels(bias: Any, out: Any) -> Any:
-    return bias.reshape([-1] + [1] * (out.dim() - 2)).expand(out.shape)
+def _over_channels(bias: Any, shape: Any) -> Any:
+    return bias.reshape([-1] + [1] * (len(shape) - 2)).expand(shape)
 
 
 @vjp_rule(aten.convolution_backward.default)
 def convolution_backward_rule(
     needs: Any, ct: Any, x: Any, weight: Any, bias_sizes: Any, *settings: Any
 ) -> Any:
-    """ct, x, weight -> x_ct, weight_ct, bias_ct (those the mask asks for)."""
+    """ct, x, weight -> x_ct, weight_ct, bias_ct (those the mask asks for, of one factor each)."""
+    *plain, mask = settings
     out = aten.convolution_backward.default(ct, x, weight, bias_sizes, *settings)
-    residuals = (ct if needs[1] or needs[2] else None, x, weight, settings[:-1])
+    factors = (x if mask[1] else None, weight if mask[0] else None)
+    shapes = (ct.shape, x.shape, weight.shape)
+    residuals = (ct if needs[1] or needs[2] else None, *factors, shapes, plain)
     return out, residuals, _convolution_backward_pullback
 
 
@@ -73,7 +79,7 @@ def _convolution_backward_pullback(
     residuals: Any, needs: Any, x_cc: Any, weight_cc: Any, bias_cc: Any
 ) -> Any:
     """Cotangents of the cotangents, by <weight_cc, weight_ct> = <conv(x, weight_cc), ct>."""
-    ct, x, weight, settings = residuals
+    ct, x, weight, (ct_shape, x_shape, weight_shape), settings = residuals
     out_ct = out_x = out_weight = None
     if needs[0]:
         rider = bias_cc
@@ -84,13 +90,12 @@ def _convolution_backward_pullback(
             term = aten.convolution.default(x, weight_cc, rider, *settings)
             out_ct = term if out_ct is None else out_ct + term
         elif x_cc is None and bias_cc is not None:
-            shown = aten.convolution.default(x, weight, None, *settings)
-            out_ct = _over_channels(bias_cc, shown)
+            out_ct = _over_channels(bias_cc, ct_shape)
     if needs[1] and weight_cc is not None:
-        shown = stand_in(ct, x.shape)
+        shown = _unread(ct, x_shape)
         out_x = aten.convolution_backward.default(ct, shown, weight_cc, None, *settings, _X)[0]
     if needs[2] and x_cc is not None:
-        shown = stand_in(ct, weight.shape)
+        shown = _unread(ct, weight_shape)
         out_weight = aten.convolution_backward.default(ct, x_cc, shown, None, *settings, _WEIGHT)[1]
     return out_ct, out_x, out_weight
 

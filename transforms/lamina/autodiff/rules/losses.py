@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, linear, unbroadcast, vjp_rule
-from lamina.autodiff.rules.conv import stand_in
+from lamina.autodiff.declare import fixed, jvp_rule, linear, unbroadcast, vjp_rule
+from lamina.autodiff.shapes import stand_in
 
 aten = torch.ops.aten
 
@@ -44,6 +44,7 @@ def _negative_log_likelihood(op: Any, backward_op: Any) -> None:
         return op(ct, target, weight, reduction, ignore_index)[0]
 
     linear(backward_op, gathered)
+    fixed(op, 1)  # the total weight is that of the targets
 
 
 def _nll_pullback(residuals: Any, needs: Any, ct: Any, total_ct: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Derivatives of pooling.
+"""Derivatives of pooling, and of sampling at given points.
 
 Average pools are linear: op and `*_backward` op are each other's transpose, and nothing but a shape
 is kept. Maximum pools pick elements: the indices are kept, tangents are gathered with them, and so
-are second cotangents.
+are second cotangents. `grid_sample` is linear in the image, of which only a shape is kept where
+the points have no derivative.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
-from lamina.autodiff.rules.conv import stand_in
+from lamina.autodiff.shapes import stand_in
 
 aten = torch.ops.aten
 
@@ -122,3 +123,25 @@ _maximum(
     3,
     _window,
 )
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+
+def _grid_sampler(op: Any, backward_op: Any) -> None:
+    @vjp_rule(op)
+    def rule(needs: Any, x: Any, grid: Any, *settings: Any) -> Any:
+        """[N, C, *S], [N, *S', d] -> [N, C, *S']"""
+        residuals = (x if needs[1] else None, x.shape, grid, settings, backward_op)
+        return op(x, grid, *settings), residuals, _grid_sampler_pullback
+
+
+def _grid_sampler_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
+    x, shape, grid, settings, backward_op = residuals
+    if x is None:
+        x = stand_in(ct, shape)
+    return backward_op(ct, x, grid, *settings, list(needs))
+
+
+_grid_sampler(aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default)
+_grid_sampler(aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default)

@@ -2,7 +2,8 @@
 
 Three ways to hide a batch dim in a convolution: in N (only the input is batched), in the channels
 of the output (only the weight is), in the groups (both are). The gradients are more convolutions,
-each with its own best way; where the values of an operand do not matter, a dummy stands for it.
+each with its own best way; where only the shape of an operand is read, memory that is never touched
+stands for it. (An expanded number would not do: PyTorch makes a whole copy of it.)
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def convolution(
         return out, bdim
     out = batch_first(out, bdim)
     bias = batch_first(bias, b_bdim)
-    bias = bias.reshape(*bias.shape, *[1] * len(stride))
+    bias = bias.reshape(*bias.shape, *[1] * (out.dim() - 3))
     return out + pad_rank(bias, None if b_bdim is None else 0, logical_rank(out, 0)), 0
 
 
@@ -201,11 +202,6 @@ def convolution_backward(
     return (x_ct, w_ct, b_ct), (x_to, w_to, b_to)
 
 
-def _dummy(like: Any, *shape: int) -> Any:
-    """A tensor of a shape whose values nobody reads, in the memory of one element."""
-    return like.new_zeros([1]).expand(shape)
-
-
 def _input_ct(
     ct: Any,
     ct_bdim: Any,
@@ -217,7 +213,6 @@ def _input_ct(
     rest: Any,
     groups: int,
 ) -> Any:
-    """Of x the shape alone is read, but a dummy would be made contiguous: a copy as large as x."""
     mask = [True, False, False]
     shape = logical_shape(x, x_bdim)
     n, c = shape[:2]
@@ -225,14 +220,14 @@ def _input_ct(
         x = x if x_bdim is None else x.select(x_bdim, 0)
         return aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0], None
     if w_bdim is None:
-        x = _dummy(ct, size * n, *shape[1:]) if x_bdim is None else fold(x, x_bdim, 0, size)
+        x = ct.new_empty((size * n, *shape[1:])) if x_bdim is None else fold(x, x_bdim, 0, size)
         ct = fold(ct, ct_bdim, 0, size)
         x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[0]
         return unfold(x_ct, 0, size), 0
     if ct_bdim is not None and _is_pointwise(weight, w_bdim, rest):
         weight = batch_first(weight, w_bdim).flatten(2).unflatten(1, (groups, -1))
         return _product(weight.mT.flatten(1, 2), batch_first(ct, ct_bdim), groups), 0
-    x = _dummy(ct, n, size * c, *shape[2:])
+    x = ct.new_empty((n, size * c, *shape[2:]))
     ct, weight = fold(ct, ct_bdim, 1, size), fold(weight, w_bdim, 0, size)
     x_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups * size, mask)[0]
     return unfold(x_ct, 1, size), 1
@@ -244,7 +239,7 @@ def _weight_ct(
     mask = [False, True, False]
     transposed = rest[3]
     if ct_bdim is None and x_bdim is None:
-        weight = _dummy(ct, *shape)
+        weight = ct.new_empty(shape)
         return aten.convolution_backward(ct, x, weight, None, *rest, groups, mask)[1], None
     if groups == 1 and (ct_bdim is None or x_bdim is None):
         # One of the two is shared: the other's batch dim counts as channels, without groups.
@@ -253,7 +248,7 @@ def _weight_ct(
         many[at] *= size
         ct = ct if ct_bdim is None else fold(ct, ct_bdim, 1, size)
         x = x if x_bdim is None else fold(x, x_bdim, 1, size)
-        weight = _dummy(ct, *many)
+        weight = ct.new_empty(many)
         w_ct = aten.convolution_backward(ct, x, weight, None, *rest, 1, mask)[1]
         return unfold(w_ct, at, size), at
     if ct_bdim is not None and x_bdim is not None:
@@ -264,6 +259,6 @@ def _weight_ct(
         if plan is not None:
             return run(plan, sizes, still, moving), 0
     ct, x = fold(ct, ct_bdim, 1, size), fold(x, x_bdim, 1, size)
-    weight = _dummy(ct, size * shape[0], *shape[1:])
+    weight = ct.new_empty((size * shape[0], *shape[1:]))
     w_ct = aten.convolution_backward(ct, x, weight, None, *rest, groups * size, mask)[1]
     return unfold(w_ct, 0, size), 0

@@ -39,7 +39,7 @@ def _batch_norm_impl_index(
     return *outs, x.new_empty([0], dtype=torch.uint8), 0
 
 
-@decomposition(aten.batch_norm.default, aten.cudnn_batch_norm.default)
+@decomposition(aten.batch_norm.default)
 def batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any
 ) -> Any:

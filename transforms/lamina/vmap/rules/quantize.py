@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lamina.vmap.dims import ensure_batched, logical_rank, normalize, pad_rank, physical
-from lamina.vmap.table import batching_rule
+from lamina.vmap.table import batching_rule, decomposition
 from lamina_core.errors import DataDependentError
 
 __all__: list[str] = []
@@ -135,3 +135,75 @@ def fake_quantize_per_tensor_tensor_qparams(
     out, kept = _fake(x, scale, zero_point, low, high)
     on = enabled > 0
     return (torch.where(on, out, x), kept | ~on), (0, 0)
+
+
+# -- with a scale and a zero point that are learned ------------------------------------------------
+
+
+def _over(value: Any, x: Any, axis: int | None) -> Any:
+    """The one number in [1], or [C] in the place of the channels of `x`."""
+    if axis is None:
+        return value[0]
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return value.reshape(shape)
+
+
+def _learned(x: Any, scale: Any, zero_point: Any, axis: int | None, low: int, high: int) -> Any:
+    zero = _over(zero_point, x, axis).round().clamp(low, high)
+    return _fake(x, _over(scale, x, axis), zero, low, high)[0]
+
+
+def _learned_backward(
+    ct: Any, x: Any, scale: Any, zero_point: Any, axis: int | None, limits: Any, factor: float = 1.0
+) -> tuple[Any, Any, Any]:
+    """Of x where it was in range; of the scale and the zero point what each element adds, summed.
+
+    Source: Esser et al., Learned Step Size Quantization, 2020. Of the zero point of one tensor the
+    kernel rounds halves otherwise than on the way forward.
+    """
+    step, zero = _over(scale, x, axis), _over(zero_point, x, axis)
+    zero = zero.round().clamp(*limits) if axis is not None else (zero + 0.5).clamp(*limits).trunc()
+    out, inside = _fake(x, step, zero, *limits)
+    by_scale = ct * (torch.where(inside, out - x, out) / step) * factor
+    by_zero = ct * torch.where(inside, 0.0, -step) * factor
+    sums = (_gathered(term, axis).to(x.dtype) for term in (by_scale, by_zero))
+    return ct * inside, *sums
+
+
+def _gathered(term: Any, axis: int | None) -> Any:
+    """The transpose of `_over`."""
+    if axis is None:
+        return term.sum().unsqueeze(0)
+    others = [dim for dim in range(term.dim()) if dim != normalize(axis, term.dim())]
+    return term.sum(others) if others else term
+
+
+@decomposition(aten._fake_quantize_learnable_per_channel_affine.default)
+def learned_per_channel(
+    x: Any, scale: Any, zero_point: Any, axis: int, low: int, high: int, factor: float = 1.0
+) -> Any:
+    """[*S], [C], [C] -> [*S]"""
+    return _learned(x, scale, zero_point, axis, low, high)
+
+
+@decomposition(aten._fake_quantize_learnable_per_channel_affine_backward.default)
+def learned_per_channel_backward(ct: Any, x: Any, scale: Any, zero_point: Any, *rest: Any) -> Any:
+    """[*S], [*S], [C], [C] -> [*S], [C], [C]"""
+    axis, low, high, *factor = rest
+    return _learned_backward(ct, x, scale, zero_point, axis, (low, high), *factor)
+
+
+@decomposition(aten._fake_quantize_learnable_per_tensor_affine.default)
+def learned_per_tensor(
+    x: Any, scale: Any, zero_point: Any, low: int, high: int, factor: float = 1.0
+) -> Any:
+    """[*S], [1], [1] -> [*S]"""
+    return _learned(x, scale, zero_point, None, low, high)
+
+
+@decomposition(aten._fake_quantize_learnable_per_tensor_affine_backward.default)
+def learned_per_tensor_backward(ct: Any, x: Any, scale: Any, zero_point: Any, *rest: Any) -> Any:
+    """[*S], [*S], [1], [1] -> [*S], [1], [1]"""
+    low, high, *factor = rest
+    return _learned_backward(ct, x, scale, zero_point, None, (low, high), *factor)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from lamina.vmap.dims import fold, unfold
+from lamina.vmap.dims import ensure_batched, fold, unfold
 from lamina.vmap.table import batching_rule, decomposition
 
 aten = torch.ops.aten
@@ -167,3 +167,59 @@ def rnn_relu_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh:
 def rnn_tanh_cell(x: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
     """[N, I], [N, H] -> [N, H]"""
     return _cell(_tanh_step, x, (hx,), w_ih, w_hh, b_ih, b_hh)[0]
+
+
+# -- the fused part of a cell on a GPU: gates to states, elementwise but for the biases ------------
+
+
+def _register_fused(op: Any) -> None:
+    @batching_rule(op, state="family")
+    def fused(
+        info: Any,
+        in_dims: Any,
+        from_input: Any,
+        from_hidden: Any,
+        state: Any,
+        b_input: Any = None,
+        b_hidden: Any = None,
+    ) -> Any:
+        """[B, N, G], twice, [B, N, H], [B, G], twice -> [B, N, ...]: B joins N."""
+        size = info.batch_size
+        gates = [
+            fold(v, d, 0, size) for v, d in zip((from_input, from_hidden), in_dims, strict=False)
+        ]
+        biases = (b_input, b_hidden)
+        if any(d is not None for d in in_dims[3:]):  # a row of its own for every example
+            gates = [
+                (unfold(v, 0, size) + ensure_batched(b, d, size).unsqueeze(1)).flatten(0, 1)
+                for v, b, d in zip(gates, biases, in_dims[3:], strict=True)
+            ]
+            biases = (None, None)
+        outs = op(*gates, fold(state, in_dims[2], 0, size), *biases)
+        return tuple(unfold(out, 0, size) for out in outs), 0
+
+
+_register_fused(aten._thnn_fused_gru_cell.default)
+_register_fused(aten._thnn_fused_lstm_cell.default)
+
+
+def _register_fused_backward(op: Any, sums: tuple[int, ...]) -> None:
+    """`sums` are the outputs whose sums over N are the cotangents of the biases."""
+
+    @batching_rule(op, state="family")
+    def fused_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+        """[B, N, ...], for each operand -> the same, and [B, G] for each bias."""
+        size = info.batch_size
+        *operands, has_bias = args
+        folded = [
+            None if v is None else fold(v, d, 0, size)
+            for v, d in zip(operands, in_dims[:-1], strict=True)
+        ]
+        found = op(*folded, False)[: -len(sums)]
+        outs = [unfold(out, 0, size) for out in found]
+        rows = [outs[at].sum(1) if has_bias else None for at in sums]
+        return (*outs, *rows), 0
+
+
+_register_fused_backward(aten._thnn_fused_gru_cell_backward.default, (0, 1))
+_register_fused_backward(aten._thnn_fused_lstm_cell_backward_impl.default, (0,))
