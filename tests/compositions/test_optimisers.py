@@ -116,6 +116,26 @@ def test_a_step_of_every_model(name, dtype):
     torch.testing.assert_close(vmap(step)(*lists), one_by_one(step, lists))
 
 
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("name", CASES)
+def test_models_that_share_the_number_of_the_step(name, place):
+    """One call of the kernel; gradients that all share, too, and a batch dim anywhere."""
+    lists, step = columns(name), stepped(name)
+    shared = [CASES[name][2] and at == len(lists) - 1 for at in range(len(lists))]
+    shared[1] = True
+    lists = [[x[0] for x in c] if one else c for c, one in zip(lists, shared, strict=True)]
+    in_dims = [None if one else [place for _ in c] for c, one in zip(lists, shared, strict=True)]
+    moved = [
+        c if one else [x.movedim(0, place) for x in c] for c, one in zip(lists, shared, strict=True)
+    ]
+    every = [
+        [x.expand(B, *x.shape) for x in c] if one else c
+        for c, one in zip(lists, shared, strict=True)
+    ]
+    actual = vmap(step, tuple(in_dims))(*moved)
+    torch.testing.assert_close(actual, one_by_one(step, every))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_scaled_gradients_of_which_some_are_infinite(name):
     lists, step = columns(name), stepped(name)

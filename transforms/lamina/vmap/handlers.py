@@ -87,8 +87,9 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
         except EmptyBatchError:
             answer = loop_over_examples(interpreter, op, values, dims, inner, kwarg_dims)
         if answer is NotImplemented:  # the rule leaves this case to the decomposition
-            with run_at(interpreter, autocast=True):
-                return op.decompose(*args, **kwargs)
+            made_of = decomposition_of(op) or op.decompose
+            with run_at(interpreter, autocast=known.is_composite):
+                return made_of(*args, **kwargs)
         out, out_dims = answer
         if config.debug:
             _check(interpreter, rule, out, out_dims)
@@ -110,14 +111,16 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
 
 def _view_handler(rule: Rule, known: OpFacts, general: Handler) -> Handler:
     """The handler of a view op, with a short cut for a batched operand."""
-    function, is_view = rule.function, known.is_view
+    function: Any = rule.function
+    is_view = known.is_view
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         # HOT: views are half of what a transformer does.
         x = args[0]
+        kind = type(x)
         if (
             kwargs
-            or type(x) is not BatchedTensor
+            or kind is not BatchedTensor
             or x.interpreter is not interpreter
             or x.bdim is None
             or config.debug
@@ -125,9 +128,12 @@ def _view_handler(rule: Rule, known: OpFacts, general: Handler) -> Handler:
             return general(interpreter, op, args, kwargs)
         value, rest = x.value, args[1:]
         try:
-            out, out_dims = function(interpreter.info, (x.bdim,), value, *rest)
+            answer = function(interpreter.info, (x.bdim,), value, *rest)
         except EmptyBatchError:
+            answer = NotImplemented
+        if answer is NotImplemented:
             return general(interpreter, op, args, kwargs)
+        out, out_dims = answer
         if not isinstance(out, Tensor):
             return record_views(interpreter.wrap_out(out, out_dims), op, args, kwargs)
         if out is value and out_dims == x.bdim:
