@@ -119,7 +119,8 @@ class OpFacts:
         self.returns = tuple(_return_kind(str(r.type)) for r in schema.returns)
         self._functional: Any = False
         # `_op` is what an OpOverload calls; calling it directly saves 0.4 us.
-        fast = self.returns == ("tensor",) and not self.is_random and not self.mutated
+        # A binding takes no None in a list of tensors, as indices have it.
+        fast = self.returns == ("tensor",) and not (self.is_random or self.mutated or lists)
         self.call = _fast_call(op) if fast else op._op
 
     def functional(self) -> Any:

@@ -2,8 +2,8 @@
 
 `x * y` on a wrapper normally goes through PyTorch's argument parser and dispatcher before it comes
 back to Python as `aten.mul.Tensor`: 2.1 us. Where it is plain which interpreter that will be, and
-no other dispatch mode is active inside the transforms, the operator calls the interpreter itself,
-with the thread's mode off as torch has it in a handler. Ops that autocast may cast are left out:
+no other mode is active inside the transforms, the operator calls the interpreter itself, with the
+thread's mode off as torch has it in a handler. Ops that autocast may cast are left out:
 autocast works above the dispatch modes. So are arguments in any but their plainest form, which the
 usual method then sorts out.
 """
@@ -26,6 +26,7 @@ _CLASSES = LevelTensor.classes
 _PLAIN_OPERANDS = frozenset((Tensor, torch.nn.Parameter, float, int))
 _SIZES = frozenset((tuple, list, torch.Size))
 _stack_length = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _pop = torch._C._pop_torch_dispatch_stack
 _push = torch._C._push_on_torch_dispatch_stack
 
@@ -45,7 +46,7 @@ def _unary(op: Any, usual: Any) -> Any:
             # Rule code: an op goes to the interpreter of its operand (the second route).
             if interpreter.alive:
                 return interpreter.process(op, (self,), {})
-        elif interpreter is mode.top and length == mode.depth:
+        elif interpreter is mode.top and length == mode.depth and not _function_modes():
             # User code: the innermost transform owns the operand (the first route).
             _pop(None)
             try:
@@ -74,6 +75,7 @@ def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
         elif (
             interpreter is mode.top
             and length == mode.depth
+            and not _function_modes()
             and (kind in _CLASSES or kind in _PLAIN_OPERANDS)
         ):
             _pop(None)
@@ -98,6 +100,7 @@ def _view(op: Any, usual: Any, parse: Callable[[Any, Any], Any]) -> Any:
             elif (
                 interpreter is mode.top
                 and length == mode.depth
+                and not _function_modes()
                 and (parsed := parse(self, args)) is not None
             ):
                 _pop(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lamina
@@ -93,6 +94,32 @@ class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+class Called(TorchFunctionMode):
+    """A mode of the user's, which wants to see every function of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", ["vmap", "vjp", "jvp"])
+def test_a_function_mode_inside_the_transform_sees_what_would_be_skipped(level):
+    seen = []
+
+    def f(x):
+        with Called() as mode:
+            out = (x.unsqueeze(0) * 2).sin()
+        seen.append(mode.names)
+        return out
+
+    LEVELS[level](f)
+    assert seen[0] == ["unsqueeze", "mul", "sin"]
 
 
 @pytest.mark.parametrize("level", ["vmap", "vjp", "jvp"])
