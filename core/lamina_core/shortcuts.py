@@ -3,9 +3,9 @@
 `x * y` on a wrapper normally goes through PyTorch's argument parser and dispatcher before it comes
 back to Python as `aten.mul.Tensor`: 2.1 us. Where it is plain which interpreter that will be, and
 no other mode is active inside the transforms, the operator calls the interpreter itself, with the
-thread's mode off as torch has it in a handler. Ops that autocast may cast are left out:
-autocast works above the dispatch modes. So are arguments in any but their plainest form, which the
-usual method then sorts out.
+thread's mode off as torch has it in a handler. User code does not get so past ops that autocast may
+cast, because autocast works above the dispatch modes. Arguments in any but their plainest form are
+left to the usual method.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _unary(op: Any, usual: Any) -> Any:
     return _as(method, usual)
 
 
-def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
+def _binary(op: Any, usual: Any, reflected: bool = False, cast: bool = False) -> Any:
     def method(self: Any, other: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
@@ -73,7 +73,8 @@ def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
             ):
                 return interpreter.process(op, (other, self) if swap else (self, other), {})
         elif (
-            interpreter is mode.top
+            not cast
+            and interpreter is mode.top
             and length == mode.depth
             and not _function_modes()
             and (kind in _CLASSES or kind in _PLAIN_OPERANDS)
@@ -88,7 +89,7 @@ def _binary(op: Any, usual: Any, reflected: bool = False) -> Any:
     return _as(method, usual)
 
 
-def _view(op: Any, usual: Any, parse: Callable[[Any, Any], Any]) -> Any:
+def _parsed(op: Any, usual: Any, parse: Callable[[Any, Any], Any], cast: bool = False) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
@@ -98,7 +99,8 @@ def _view(op: Any, usual: Any, parse: Callable[[Any, Any], Any]) -> Any:
                 if interpreter.alive and (parsed := parse(self, args)) is not None:
                     return interpreter.process(op, parsed, {})
             elif (
-                interpreter is mode.top
+                not cast
+                and interpreter is mode.top
                 and length == mode.depth
                 and not _function_modes()
                 and (parsed := parse(self, args)) is not None
@@ -142,6 +144,13 @@ def _index(self: Any, args: Any) -> Any:
     return (self, 0, args[0]) if type(args[0]) is int else None
 
 
+def _dims(self: Any, args: Any) -> Any:
+    """`(dims)` or `(dims, keepdim)`."""
+    if 1 <= len(args) <= 2 and type(args[0]) is list:
+        return (self, *args)
+    return None
+
+
 _UNARY = {
     "__neg__": aten.neg.default,
     "abs": aten.abs.default,
@@ -162,7 +171,7 @@ _BINARY = {
     "__sub__": aten.sub.Tensor,
     "__truediv__": aten.div.Tensor,
 }
-_VIEWS = {
+_PARSED = {
     "__getitem__": (aten.select.int, _index),
     "expand": (aten.expand.default, _ints),
     "permute": (aten.permute.default, _ints),
@@ -174,10 +183,20 @@ _VIEWS = {
     "view": (aten.view.default, _ints),
 }
 
+# What autocast may cast: shortcuts for rules alone, in which it is off.
+_CAST = {
+    "bmm": aten.bmm.default,
+    "matmul": aten.matmul.default,
+    "mm": aten.mm.default,
+}
+
 for _name, _op in _UNARY.items():
     setattr(LevelTensor, _name, _unary(_op, getattr(Tensor, _name)))
 for _name, _op in _BINARY.items():
     _method = _binary(_op, getattr(Tensor, _name), reflected=_name.startswith("__r"))
     setattr(LevelTensor, _name, _method)
-for _name, (_op, _parse) in _VIEWS.items():
-    setattr(LevelTensor, _name, _view(_op, getattr(Tensor, _name), _parse))
+for _name, _op in _CAST.items():
+    setattr(LevelTensor, _name, _binary(_op, getattr(Tensor, _name), cast=True))
+for _name, (_op, _parse) in _PARSED.items():
+    setattr(LevelTensor, _name, _parsed(_op, getattr(Tensor, _name), _parse))
+LevelTensor.sum = _parsed(aten.sum.dim_IntList, Tensor.sum, _dims, cast=True)  # type: ignore[method-assign]

@@ -292,5 +292,5 @@ def unbroadcast(ct: Any, shape: Any) -> Any:
     ]
     if not stretched:
         return ct.sum(added) if added else ct
-    ct = ct.sum(added + stretched, keepdim=True)
+    ct = ct.sum(added + stretched, True)
     return ct.reshape(shape) if extra else ct

@@ -114,8 +114,13 @@ def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
         # One matrix for all three: `matmul` is slow on a cotangent whose rows are not in order.
         ct = _rows(ct)
     if needs[0]:
-        x_ct = ct.matmul(conj(weight)) if rank == 2 else _outer(ct, conj(weight))
-        x_ct = x_ct.view(*lead, weight.shape[1]) if len(lead) > 1 and rank == 2 else x_ct
+        if rank == 1:
+            x_ct = _outer(ct, conj(weight))
+        elif ct.dim() == 1:
+            x_ct = ct.matmul(conj(weight))
+        else:
+            x_ct = ct.mm(conj(weight))
+            x_ct = x_ct.view(*lead, weight.shape[1]) if len(lead) > 1 else x_ct
     if needs[1]:
         if x.dim() == 1:
             weight_ct = _outer(ct, conj(x)) if rank == 2 else ct * conj(x)
