@@ -22,7 +22,7 @@ from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers t
 from lamina_core.interpreter import Interpreter, thread_mode
 from lamina_core.outer import OuterState, autocast_keys, regain
 from lamina_core.schema import facts
-from lamina_core.wrapper import LevelTensor, highest_interpreter, shares_memory, strip_dead
+from lamina_core.wrapper import LevelTensor, highest_interpreter, made_as_view, strip_dead
 
 __all__ = [
     "call_first",
@@ -183,7 +183,7 @@ def pass_down(
     known = facts(op)
     if known.is_view or known.mutated:
         return out
-    if known.may_be_view and shares_memory(out, args[0]):
+    if known.may_be_view and made_as_view(out, args[0]):
         return out
     taken = {id(tensor) for tensor in tensors_in(args, kwargs)}
     return map_tensors(

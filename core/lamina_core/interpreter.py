@@ -76,11 +76,10 @@ class LevelMode(TorchDispatchMode):
 
     def is_on(self) -> bool:
         """Whether torch would send the next op to this mode: not so inside its own handler."""
-        depth = _stack_length()
-        # HOT: nearly always no mode but the transforms' own has come or gone.
-        if depth < self.depth:
-            return False
-        return any(_C._get_dispatch_stack_at(i) is self for i in range(depth - 1, -1, -1))
+        depth = _C._len_torch_dispatch_stack()
+        return depth > 0 and any(
+            _C._get_dispatch_stack_at(i) is self for i in range(depth - 1, -1, -1)
+        )
 
 
 class _Thread(threading.local):

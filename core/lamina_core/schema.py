@@ -119,8 +119,13 @@ class OpFacts:
         self.returns = tuple(_return_kind(str(r.type)) for r in schema.returns)
         self._functional: Any = False
         # `_op` is what an OpOverload calls; calling it directly saves 0.4 us.
-        # A binding takes no None in a list of tensors, as indices have it.
-        fast = self.returns == ("tensor",) and not (self.is_random or self.mutated or lists)
+        # A binding takes no None in a list of tensors, as indices have it, and some have another
+        # default for `reduction`, which torch leaves out where it is that of the schema.
+        fast = (
+            self.returns == ("tensor",)
+            and not (self.is_random or self.mutated or lists)
+            and "reduction" not in self.arg_names
+        )
         self.call = _fast_call(op) if fast else op._op
 
     def functional(self) -> Any:

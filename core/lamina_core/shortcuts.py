@@ -42,17 +42,19 @@ def _unary(op: Any, usual: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
         length = _stack_length()
-        if length < mode.depth:
+        if length < mode.depth and not (length and mode.is_on()):
             # Rule code: an op goes to the interpreter of its operand (the second route).
             if interpreter.alive:
                 return interpreter.process(op, (self,), {})
         elif interpreter is mode.top and length == mode.depth and not _function_modes():
             # User code: the innermost transform owns the operand (the first route).
-            _pop(None)
+            popped = _pop(None)
             try:
-                return interpreter.process(op, (self,), {})
+                # Inside a handler the length may be the same by another mode of the user's code.
+                if popped is mode:
+                    return interpreter.process(op, (self,), {})
             finally:
-                _push(mode)
+                _push(popped)
         return usual(self)
 
     return _as(method, usual)
@@ -67,7 +69,7 @@ def _binary(op: Any, usual: Any, reflected: bool = False, cast: bool = False) ->
         # `plain + wrapper` comes here first. The order is kept: a result is laid out like its first
         # operand, and from a transposed one all that follows would inherit rows out of order.
         swap = reflected and isinstance(other, Tensor)
-        if length < mode.depth:
+        if length < mode.depth and not (length and mode.is_on()):
             if interpreter.alive and (
                 other.interpreter is interpreter if kind in _CLASSES else kind in _PLAIN_OPERANDS
             ):
@@ -79,11 +81,12 @@ def _binary(op: Any, usual: Any, reflected: bool = False, cast: bool = False) ->
             and not _function_modes()
             and (kind in _CLASSES or kind in _PLAIN_OPERANDS)
         ):
-            _pop(None)
+            popped = _pop(None)
             try:
-                return interpreter.process(op, (other, self) if swap else (self, other), {})
+                if popped is mode:
+                    return interpreter.process(op, (other, self) if swap else (self, other), {})
             finally:
-                _push(mode)
+                _push(popped)
         return op(other, self) if swap else usual(self, other)
 
     return _as(method, usual)
@@ -95,7 +98,7 @@ def _parsed(op: Any, usual: Any, parse: Callable[[Any, Any], Any], cast: bool = 
         interpreter = self.interpreter
         length = _stack_length()
         if not kwargs:
-            if length < mode.depth:
+            if length < mode.depth and not (length and mode.is_on()):
                 if interpreter.alive and (parsed := parse(self, args)) is not None:
                     return interpreter.process(op, parsed, {})
             elif (
@@ -105,11 +108,12 @@ def _parsed(op: Any, usual: Any, parse: Callable[[Any, Any], Any], cast: bool = 
                 and not _function_modes()
                 and (parsed := parse(self, args)) is not None
             ):
-                _pop(None)
+                popped = _pop(None)
                 try:
-                    return interpreter.process(op, parsed, {})
+                    if popped is mode:
+                        return interpreter.process(op, parsed, {})
                 finally:
-                    _push(mode)
+                    _push(popped)
         return usual(self, *args, **kwargs)
 
     return _as(method, usual)
@@ -136,7 +140,7 @@ def _ints(self: Any, args: Any) -> Any:
     for size in sizes:
         if type(size) is not int:
             return None
-    return self, list(sizes)
+    return (self, list(sizes)) if args else None
 
 
 def _index(self: Any, args: Any) -> Any:

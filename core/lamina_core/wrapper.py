@@ -22,6 +22,7 @@ __all__ = [
     "box",
     "highest_interpreter",
     "level_of",
+    "made_as_view",
     "make_wrapper",
     "plain_of",
     "shares_memory",
@@ -226,6 +227,18 @@ def plain_of(value: Any) -> Any:
     while type(value) in _CLASSES:
         value = value.value
     return value
+
+
+def made_as_view(out: Any, base: Any) -> bool:
+    """Whether an op that is a view where memory allows it has made one of `base`.
+
+    A level below may know it for a view although it was copied: see NOTE [Writes].
+    """
+    while type(out) in _CLASSES and type(base) in _CLASSES:
+        if out.recipe is not None and out.recipe.parent is base:
+            return True
+        out, base = out.value, base.value
+    return shares_memory(out, base)
 
 
 def shares_memory(first: Any, second: Any) -> bool:

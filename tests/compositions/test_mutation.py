@@ -105,6 +105,25 @@ def write_through_a_transpose(x):
     return z.t().t().reshape(-1)
 
 
+# "vmap last" puts the batch dim between the dims that are merged here, which then are copied.
+WITH_FIRST = lambda x: torch.cat([x[1:2] * 3, x[1:], x * 2])
+
+
+@pair(WITH_FIRST)
+def write_through_a_reshape(x):
+    y = torch.stack([x, x * 2], 0)
+    flat = y.reshape(-1)
+    flat[0] = y[0, 1] * 3
+    return y.reshape(-1)
+
+
+@pair(WITH_FIRST)
+def write_through_a_flatten(x):
+    y = torch.stack([x, x * 2], 0)
+    y.flatten()[0] = y[0, 1] * 3
+    return y.view(-1)
+
+
 @pair(lambda x: torch.outer(x, x).T.sin().sum(0) + x)
 def transpose_written_whole(x):
     y = torch.outer(x, x)

@@ -134,3 +134,20 @@ def test_an_elementwise_op_is_called_by_its_python_binding():
     assert facts(aten.sin.default).call is torch.sin
     x = torch.ones(3)
     assert torch.equal(facts(aten.mm.default).call(x[None], x[:, None]), torch.tensor([[3.0]]))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        aten.binary_cross_entropy.default,
+        aten.binary_cross_entropy_with_logits.default,
+        aten.mse_loss.default,
+        aten.smooth_l1_loss.default,
+        aten.soft_margin_loss.default,
+    ],
+    ids=str,
+)
+def test_a_default_is_that_of_the_schema(op):
+    # Some bindings have another default for `reduction`, and torch leaves out what is the default.
+    x, y = torch.tensor([0.3, 0.6]), torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(facts(op).call(x, y), op(x, y))

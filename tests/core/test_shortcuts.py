@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,3 +136,80 @@ def test_a_mode_inside_the_transform_sees_what_would_be_skipped(level):
 
     LEVELS[level](f)
     assert seen[:2] == ["aten.select.int", "aten.neg.default"]
+
+
+@pytest.mark.parametrize("name", ["expand", "permute", "reshape", "view"])
+@pytest.mark.parametrize("level", ["vmap", "vjp", "jvp"])
+def test_no_sizes_are_no_call(name, level):
+    with pytest.raises(TypeError):
+        getattr(X, name)()
+    with pytest.raises(TypeError):
+        LEVELS[level](lambda x: getattr(x[0, 0, 0], name)())
+
+
+def wave(x):
+    return ((x * x).sin() * x[0]).sum()
+
+
+def slope(x):
+    out, pullback = lamina.vjp(lambda x: (x * x).sin() * x[0], x)
+    return pullback(torch.ones_like(out))[0]
+
+
+def test_a_mode_around_a_pullback_sees_all_of_it():
+    x = X.flatten(0, 2)
+    seen = []
+
+    def f(x):
+        out, pullback = lamina.vjp(lambda x: (x * x).sin() * x[0], x)
+        with Seen() as mode:
+            grad = pullback(torch.ones_like(out))[0]
+        seen.extend(mode.names)
+        return grad
+
+    torch.testing.assert_close(lamina.vmap(f)(x), lamina.vmap(slope)(x))
+    assert {"aten.cos.default", "aten.mul.Tensor"} <= set(seen)
+
+
+def test_a_graph_is_traced_inside_the_transform():
+    x = X.flatten(0, 2)
+    graphs = []
+
+    def f(x):
+        graphs.append(make_fx(slope)(x))
+        return graphs[0](x)
+
+    torch.testing.assert_close(lamina.vmap(f)(x), lamina.vmap(slope)(x))
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_mode_around_the_transform_may_be_taken_off_inside():
+    with FakeTensorMode():
+        x = torch.empty(3, 4)
+
+        def f(x):
+            with unset_fake_temporarily():
+                return (x * 2).sin()
+
+        assert type(lamina.vmap(f)(x)) is FakeTensor
+
+
+class Maps(TorchDispatchMode):
+    """A mode of the user's whose handler runs a transform."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sin.default and not self.found:
+            self.found.append(None)
+            self.found[0] = lamina.vmap(lamina.grad(wave))(X.flatten(0, 2))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_handler_of_a_mode_around_the_transform_may_run_another():
+    with Maps() as mode:
+        lamina.vmap(lambda x: x.sin())(X)
+    assert type(mode.found[0]) is torch.Tensor
+    torch.testing.assert_close(mode.found[0], lamina.vmap(lamina.grad(wave))(X.flatten(0, 2)))

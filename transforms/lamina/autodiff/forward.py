@@ -39,7 +39,7 @@ from lamina_core.dispatch import (
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.interpreter import mode_off, run_at
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import shares_memory
+from lamina_core.wrapper import made_as_view
 
 __all__ = ["ForwardInterpreter", "state_of"]
 
@@ -154,7 +154,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
                 return args[0]
             out = _wrap(interpreter, known, value, tangent)
         if (
-            known.is_view or (known.may_be_view and shares_memory(out, args[0]))
+            known.is_view or (known.may_be_view and made_as_view(out, args[0]))
         ) and interpreter.is_own(args[0]):
             return record_views(out, op, args, kwargs)
         return out
@@ -333,7 +333,7 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
         if out.dtype is not value.dtype:
             return general(interpreter, op, args, kwargs)
         wrapped = dual(interpreter, out, push(x.tangent, *rest, **kwargs))
-        if is_view or (may_be_view and shares_memory(out, value)):
+        if is_view or (may_be_view and made_as_view(out, value)):
             wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
         return wrapped
 

@@ -28,7 +28,7 @@ from lamina_core.errors import EscapedTensorError, NotLinearError, message
 from lamina_core.function import Applied, Custom, Needs, apply_custom, apply_here, applying
 from lamina_core.interpreter import Interpreter
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import LevelTensor, box, shares_memory, strip_dead
+from lamina_core.wrapper import LevelTensor, box, made_as_view, strip_dead
 
 __all__ = ["RecordInterpreter", "RecordedTensor"]
 
@@ -198,7 +198,7 @@ class RecordInterpreter(Interpreter):
         else:
             out = map_tensors(self.constant, lower(self, op, tuple(given.values), given.kwargs))
         if self.is_own(args[0]) and (
-            known.is_view or (known.may_be_view and shares_memory(out, args[0]))
+            known.is_view or (known.may_be_view and made_as_view(out, args[0]))
         ):
             record_views(out, op, args, kwargs)
         return out

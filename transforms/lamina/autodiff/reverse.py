@@ -47,7 +47,7 @@ from lamina_core.dispatch import (
 )
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import shares_memory
+from lamina_core.wrapper import made_as_view
 
 __all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]
 
@@ -195,7 +195,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
             if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
                 return args[0]
         if (
-            known.is_view or (known.may_be_view and shares_memory(out, args[0]))
+            known.is_view or (known.may_be_view and made_as_view(out, args[0]))
         ) and interpreter.is_own(args[0]):
             return record_views(out, op, args, kwargs)
         return out
@@ -380,7 +380,7 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
             residuals = (function, 1, value.dtype, *saved)
             node = Node(name, linear_pullback, residuals, _ONE, place, 1, unversioned)
         wrapped = track(interpreter, out, node)
-        if is_view or (may_be_view and shares_memory(out, value)):
+        if is_view or (may_be_view and made_as_view(out, value)):
             wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
         return wrapped
 

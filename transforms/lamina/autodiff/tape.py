@@ -114,6 +114,7 @@ def accumulate(into: list[Any], index: int, ct: Any, owned: set[int]) -> None:
         known.add_(ct)
     else:
         total = known + ct
+        owned.discard(id(known))
         into[index] = total
         if type(total) is Tensor and not total.requires_grad:
             owned.add(id(total))
@@ -165,6 +166,7 @@ def backward(
         if pullback is None:
             if sequence in results:
                 results[sequence] = whole(received[0])
+            owned.discard(id(received[0]))
             continue
         residuals = node.residuals
         if residuals is None:

@@ -34,7 +34,7 @@ from lamina_core.handlers import Handler
 from lamina_core.interpreter import run_at
 from lamina_core.rules import Rule
 from lamina_core.schema import OpFacts, facts
-from lamina_core.wrapper import shares_memory
+from lamina_core.wrapper import made_as_view
 
 __all__ = ["resolve"]
 
@@ -101,7 +101,7 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
         else:
             wrapped = interpreter.wrap_out(out, out_dims)
         if (
-            known.is_view or (known.may_be_view and shares_memory(out, values[0]))
+            known.is_view or (known.may_be_view and _shows_view(args[0], out))
         ) and interpreter.is_own(args[0]):
             return record_views(wrapped, op, args, kwargs)
         return wrapped
@@ -139,11 +139,20 @@ def _view_handler(rule: Rule, known: OpFacts, general: Handler) -> Handler:
         if out is value and out_dims == x.bdim:
             return x
         wrapped = wrap(interpreter, out, out_dims)
-        if is_view or shares_memory(out, value):
+        if is_view or _shows_view(x, out):
             wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
         return wrapped
 
     return handle
+
+
+def _shows_view(x: Any, out: Any) -> bool:
+    """Whether an op that may be a view is one, by the layout that user code sees.
+
+    Where an example looks contiguous it is, also if the batch dim lies between dims that had to be
+    merged: the result is then a copy, like that of `view`.
+    """
+    return x.strides is None or made_as_view(out, x.value)
 
 
 def _check(interpreter: Any, rule: Rule, out: Any, out_dims: Any) -> None:
