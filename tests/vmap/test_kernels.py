@@ -106,6 +106,12 @@ ON_CPU = {
         X3,
         (4, 6, 3, 2, 2),
     ),
+    "slow_conv_transpose3d of one image": (
+        lambda x, w, b: aten.slow_conv_transpose3d(x, w, [3, 2, 2], b, [2, 1, 1]),
+        X3[1:],
+        (4, 6, 3, 2, 2),
+        BIAS,
+    ),
 }
 
 

@@ -53,7 +53,11 @@ _CONVOLUTION_BACKWARDS = [
 # Without an argument for the groups: each channel is one.
 _DEPTHWISE = (aten._conv_depthwise2d.default, aten.conv_depthwise3d.default)
 # Of one image, without N, where the others are an error.
-_TAKES_ONE = (aten.slow_conv_dilated2d.default, aten.slow_conv_dilated3d.default)
+_TAKES_ONE = (
+    aten.slow_conv_dilated2d.default,
+    aten.slow_conv_dilated3d.default,
+    aten.slow_conv_transpose3d.default,
+)
 
 
 class _Convolution:

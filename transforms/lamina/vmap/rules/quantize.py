@@ -84,8 +84,14 @@ def quantize_per_tensor_dynamic(
 def _fake(x: Any, scale: Any, zero_point: Any, low: int, high: int) -> Any:
     """The rounded value and whether it was in range, for operands that broadcast."""
     steps = torch.round(x * (1.0 / scale)) + zero_point
+    out, inside = _in_range(steps, scale, zero_point, low, high)
+    return out.to(x.dtype), inside
+
+
+def _in_range(steps: Any, scale: Any, zero_point: Any, low: int, high: int) -> tuple[Any, Any]:
+    """The value that a number of steps stands for, cut off, and whether it was in range."""
     out = (steps.clamp(low, high) - zero_point) * scale
-    return out.to(x.dtype), (steps >= low) & (steps <= high)
+    return out, (steps >= low) & (steps <= high)
 
 
 @batching_rule(aten.fake_quantize_per_channel_affine_cachemask.default)
@@ -159,12 +165,14 @@ def _learned_backward(
 ) -> tuple[Any, Any, Any]:
     """Of x where it was in range; of the scale and the zero point what each element adds, summed.
 
-    Source: Esser et al., Learned Step Size Quantization, 2020. Of the zero point of one tensor the
-    kernel rounds halves otherwise than on the way forward.
+    Source: Esser et al., Learned Step Size Quantization, 2020. The kernels round halves otherwise
+    than on the way forward: here the zero point is added first, and that of one tensor rounds up.
     """
     step, zero = _over(scale, x, axis), _over(zero_point, x, axis)
     zero = zero.round().clamp(*limits) if axis is not None else (zero + 0.5).clamp(*limits).trunc()
-    out, inside = _fake(x, step, zero, *limits)
+    steps = (x * (1.0 / step) + zero).round()
+    out, inside = _in_range(steps, step, zero, *limits)
+    out = out.to(x.dtype)
     by_scale = ct * (torch.where(inside, out - x, out) / step) * factor
     by_zero = ct * torch.where(inside, 0.0, -step) * factor
     sums = (_gathered(term, axis).to(x.dtype) for term in (by_scale, by_zero))
