@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lamina_core.config import tensor_summary
-from lamina_core.errors import CapturedTensorError, MutationError, message
+from lamina_core.errors import CapturedTensorError, MissingRuleError, MutationError, message
 
 if TYPE_CHECKING:
     from lamina_core.alias import ViewRecipe
@@ -115,7 +115,14 @@ class LevelTensor(torch.Tensor):
 
     def data_ptr(self) -> int:
         """Refused: there is no memory, and a kernel that is called by its own way would take 0."""
-        raise RuntimeError(
+        raise self._without_memory()
+
+    def __dlpack__(self, **how: Any) -> Any:
+        """Refused: what another library is given is the address 0, from which it reads."""
+        raise self._without_memory()
+
+    def _without_memory(self) -> MissingRuleError:
+        return MissingRuleError(
             message(
                 f"the memory of {self!r} was asked for, which has none of its own",
                 self.interpreter.where(),

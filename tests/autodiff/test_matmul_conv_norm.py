@@ -287,3 +287,21 @@ def test_recurrent_layers(kind):
     torch.testing.assert_close(tuple(found.values()), expected)
     along = sum((found[k] * v).sum() for k, v in params.items())
     torch.testing.assert_close(lamina.jvp(lambda p: f(p, x), (params,), (params,))[1], along)
+
+
+def test_conv_tbc_in_both_modes():
+    torch.manual_seed(0)
+    args = [torch.randn(shape, dtype=torch.float64) for shape in [(5, 2, 3), (2, 3, 4), (4,)]]
+    tangents = [torch.randn_like(arg) for arg in args]
+
+    def f(x, weight, bias):
+        return torch.conv_tbc(x, weight, bias, 1)
+
+    out, pull = lamina.vjp(f, *args)
+    ct = torch.randn_like(out)
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    expected = torch.autograd.grad(f(*leaves), leaves, ct)
+    torch.testing.assert_close(pull(ct), expected)
+    out_t = lamina.jvp(f, tuple(args), tuple(tangents))[1]
+    pairs = zip(expected, tangents, strict=True)
+    torch.testing.assert_close((out_t * ct).sum(), sum((x_ct * t).sum() for x_ct, t in pairs))

@@ -195,7 +195,7 @@ REFUSED = {
     constant: "NotLinearError: linear_transpose met an output, which is not linear",
     detached: "NotLinearError: linear_transpose met aten.detach.default, which is not linear",
     not_linear: "NotLinearError: linear_transpose met aten.abs.default, which is not linear",
-    pointer: "RuntimeError: the memory of TrackedTensor(",
+    pointer: "MissingRuleError: the memory of TrackedTensor(",
     python_number: "NotLinearError: linear_transpose met aten.item.default, which is not linear",
     random: "NotLinearError: linear_transpose met aten.rand_like.default, which is not linear",
     through_numpy: "RuntimeError: .numpy() is not supported for tensor subclasses.",

@@ -224,3 +224,14 @@ quantised tensor has one
   while interpreting at level 1: vmap(batch_size=2, randomness='error')
   to fix: use torch.fake_quantize_per_tensor_affine, which stays in floating point""",
     )
+
+
+def test_memory():
+    expected = """\
+the memory of BatchedTensor(level=1, bdim=0, size=2, f32[3]) was asked for, which has none of its \
+own
+  while interpreting at level 1: vmap(batch_size=2, randomness='error')
+  to fix: register the kernel as an op (torch.library.custom_op), or call it inside an \
+autograd.Function"""
+    assert said(MissingRuleError, lambda: vmap(lambda x: x.data_ptr())(X)) == expected
+    assert said(MissingRuleError, lambda: vmap(torch.from_dlpack)(X)) == expected

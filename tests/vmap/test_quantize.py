@@ -57,6 +57,16 @@ def learned(op, axis, scale, zero):
     assert_stacked(lambda ct, x, s, z: backward(ct, x, s, z, *rest), X.cos(), X, scale, zero)
 
 
+def test_learned_parameters_where_quotients_are_halves():
+    x = torch.arange(-10, 11) / 4
+    scale, zero = torch.tensor([[0.5], [0.5], [1.0]]), torch.tensor([[1.0], [2.0], [3.2]])
+    one = torch.ops.aten._fake_quantize_learnable_per_tensor_affine_backward
+    assert_stacked(lambda s, z: one(x.cos(), x, s, z, -128, 127), scale, zero)
+    each = torch.ops.aten._fake_quantize_learnable_per_channel_affine_backward
+    x = x[None]
+    assert_stacked(lambda s, z: each(x.cos(), x, s, z, 0, -128, 127), scale, zero)
+
+
 def test_gradients_of_learned_parameters():
     def loss(x, scale, zero):
         out = torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, 0, *RANGE, 0.3)

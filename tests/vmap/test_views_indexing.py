@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from lamina import vmap
+from lamina import grad, jvp, vmap
 from lamina_core.errors import DataDependentError, MutationError
 from lamina_core.wrapper import shares_memory
 
@@ -130,6 +130,21 @@ def test_pairs_are_viewed_as_complex_numbers(bdim):
     for batched in (x.movedim(0, bdim), x.movedim(0, bdim).contiguous()):
         out = vmap(torch.view_as_complex, bdim)(batched)
         torch.testing.assert_close(out, torch.view_as_complex(x))
+
+
+@pytest.mark.parametrize("part", [torch.real, torch.imag])
+def test_parts_of_a_lazily_conjugated_value_below_a_derivative(part):
+    x = torch.randn(3, 4, dtype=torch.complex128)
+
+    def f(x):
+        return part(x.conj())
+
+    def loss(f, x):
+        return f(x).square().sum()
+
+    expected = torch.func.grad(lambda x: loss(f, x))(x)
+    torch.testing.assert_close(grad(lambda x: loss(vmap(f), x))(x), expected)
+    torch.testing.assert_close(jvp(vmap(f), (x,), (x.cos(),))[1], f(x.cos()))
 
 
 @pytest.mark.parametrize(

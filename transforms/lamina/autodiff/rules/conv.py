@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lamina.autodiff.declare import jvp_rule, vjp_rule
+from lamina.autodiff.declare import decomposition, jvp_rule, vjp_rule
 
 aten = torch.ops.aten
 
@@ -24,6 +24,13 @@ def _unread(like: Any, shape: Any) -> Any:
     It has memory of its own, never touched: of an expanded number PyTorch makes a whole copy.
     """
     return like.new_empty(shape)
+
+
+@decomposition(aten.conv_tbc.default)
+def conv_tbc(x: Any, weight: Any, bias: Any, pad: int = 0) -> Any:
+    """[T, N, C], [K, C, O], [O] -> [T', N, O]. The pullback in C++ writes to memory of its own."""
+    x, weight = x.permute(1, 2, 0), weight.permute(2, 1, 0)
+    return torch.conv1d(x, weight, bias, padding=pad).permute(2, 0, 1).contiguous()
 
 
 @vjp_rule(aten.convolution.default)

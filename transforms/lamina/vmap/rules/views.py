@@ -32,6 +32,8 @@ SAME_DIMS = (
     aten._neg_view.default,
     aten.alias.default,
     aten.detach.default,  # concerns the levels below as well, so it is passed on
+    aten.imag.default,  # of a lazily conjugated value too, which `view_as_real` refuses
+    aten.real.default,
 )
 
 
