@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import harness
 import lamina
-from lamina.vmap.rules.conv_weights import (
+from lamina.batching.rules.conv_weights import (
     Correlation,
     Plan,
     by_rows,

@@ -14,9 +14,9 @@ from expecttest import assert_expected_inline
 import lamina
 from lamina import config, grad, jvp, vjp, vmap
 from lamina.autodiff.reverse import ReverseInterpreter
+from lamina.batching.interpreter import VmapInterpreter
+from lamina.batching.table import RULES
 from lamina.debug import explain, print_stack, stack_text, trace_log
-from lamina.vmap.interpreter import VmapInterpreter
-from lamina.vmap.table import RULES
 from lamina_core.errors import RuleError
 from lamina_core.rules import RuleTable
 
@@ -150,7 +150,7 @@ def test_explain_one_overload():
 aten.dot.default
   vjp    family (lamina.autodiff.rules.matmul.Multilinear(aten.dot.default))
   jvp    family (lamina.autodiff.rules.matmul.Multilinear(aten.dot.default))
-  vmap   rule (lamina.vmap.rules.matmul.matmul)""",
+  vmap   rule (lamina.batching.rules.matmul.matmul)""",
     )
 
 
@@ -161,11 +161,11 @@ def test_explain_by_name_with_all_overloads():
 aten.median.default
   vjp    rule (lamina.autodiff.rules.reductions._register_extremum.<locals>.extremum_vjp)
   jvp    rule (lamina.autodiff.rules.reductions._register_extremum.<locals>.extremum_jvp)
-  vmap   rule (lamina.vmap.rules.sorting.median)
+  vmap   rule (lamina.batching.rules.sorting.median)
 aten.median.dim
   vjp    rule (lamina.autodiff.rules.overwriting._register_reduction.<locals>.reduction_vjp)
   jvp    rule (lamina.autodiff.rules.overwriting._register_reduction.<locals>.reduction_jvp)
-  vmap   rule (lamina.vmap.rules.sorting.median_dim)
+  vmap   rule (lamina.batching.rules.sorting.median_dim)
 aten.median.dim_values
   vjp    rule
   jvp    rule

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lamina.autodiff import forward, reverse
-from lamina.vmap import user_ops
+from lamina.batching import user_ops
 from lamina_core.errors import RuleError
 from lamina_core.rules import STATES, RuleTable
 

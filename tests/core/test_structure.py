@@ -19,12 +19,12 @@ LONGEST = 450
 
 # What the rules of a transform may import of our own: helpers of their declaration, and facts.
 RULES_MAY_IMPORT = {
-    "lamina.vmap.rules": {
-        "lamina.vmap.advanced",
-        "lamina.vmap.agreement",
-        "lamina.vmap.dims",
-        "lamina.vmap.table",
-        "lamina.vmap.rules",
+    "lamina.batching.rules": {
+        "lamina.batching.advanced",
+        "lamina.batching.agreement",
+        "lamina.batching.dims",
+        "lamina.batching.table",
+        "lamina.batching.rules",
         "lamina_core.dispatch",
         "lamina_core.errors",
         "lamina_core.schema",
@@ -120,9 +120,9 @@ def crossings(inside: str, outside: str) -> list[str]:
     ("inside", "outside"),
     [
         ("lamina_core", "lamina"),
-        ("lamina.vmap", "lamina.autodiff"),
-        ("lamina.autodiff", "lamina.vmap"),
-        ("lamina.vmap", "lamina.jacobians"),
+        ("lamina.batching", "lamina.autodiff"),
+        ("lamina.autodiff", "lamina.batching"),
+        ("lamina.batching", "lamina.jacobians"),
         ("lamina.autodiff", "lamina.jacobians"),
     ],
 )
@@ -136,7 +136,7 @@ def test_jacobians_stand_on_public_calls_and_checks_of_arguments():
         "lamina.autodiff.api",
         "lamina.autodiff.checks",
         "lamina.rows",
-        "lamina.vmap.api",
+        "lamina.batching.api",
     }
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lamina import coverage
 from lamina.autodiff import forward, reverse
-from lamina.vmap import user_ops
+from lamina.batching import user_ops
 from lamina_core.rules import STATES
 from lamina_core.schema import facts
 

@@ -6,8 +6,8 @@ import torch
 from expecttest import assert_expected_inline
 
 from lamina.autodiff.declare import pointwise, vjp_rule
+from lamina.batching.table import batching_rule
 from lamina.debug import explain
-from lamina.vmap.table import batching_rule
 from lamina_core.errors import RuleError
 from tests.errors.saying import said
 
@@ -23,7 +23,7 @@ def test_a_second_batching_rule():
         said(RuleError, lambda: batching_rule(aten.trace.default)(rule)),
         """\
 a second batching rule for aten.trace.default
-  first owner: lamina.vmap.rules.reductions.trace
+  first owner: lamina.batching.rules.reductions.trace
   second owner: tests.errors.test_registration.rule
   to fix: keep one of the two""",
     )

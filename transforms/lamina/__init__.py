@@ -2,12 +2,13 @@
 
 import lamina.autodiff.engine
 import lamina.autodiff.function_jvp
+import lamina.batching.function
 import lamina.checkpoint_policies
 import lamina.debug
-import lamina.vmap.function  # noqa: F401 - and under vmap
 from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
 from lamina.autodiff.linear_transpose import linear_transpose
 from lamina.autodiff.linearize import linearize
+from lamina.batching.api import vmap
 from lamina.custom.batching import custom_vmap
 from lamina.custom.jvp import custom_jvp
 from lamina.custom.vjp import custom_vjp
@@ -18,7 +19,6 @@ from lamina.products import hvp, vhp
 from lamina.rematerialise import checkpoint, checkpoint_name
 from lamina.residuals import print_saved_residuals, saved_residuals
 from lamina.rows import Wirtinger
-from lamina.vmap.api import vmap
 from lamina_core.config import config
 
 __all__ = [

@@ -23,7 +23,7 @@ import torch
 
 from lamina.autodiff.forward import state_of as jvp_state
 from lamina.autodiff.reverse import state_of as vjp_state
-from lamina.vmap.user_ops import state_of as vmap_state
+from lamina.batching.user_ops import state_of as vmap_state
 from lamina_core.rules import STATES
 from lamina_core.schema import facts
 

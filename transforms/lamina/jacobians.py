@@ -17,8 +17,8 @@ from lamina.autodiff.checks import (
     need_complex,
     need_differentiable,
 )
+from lamina.batching.api import check_options
 from lamina.rows import Rows, as_tree, map_rows
-from lamina.vmap.api import check_options
 from lamina_core import pytree
 from lamina_core.errors import NotDifferentiableError, StructureError, message
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lamina.vmap.api import vmap
+from lamina.batching.api import vmap
 from lamina_core import pytree
 from lamina_core.interpreter import run_at
 

@@ -1,0 +1,86 @@
+"""Batching rules of elementwise ops that the family does not cover.
+
+The family (`lamina.batching.elementwise`) takes every op that is tagged as elementwise and gives one
+tensor. Here is what gives several, gives a Python value, or has its random numbers to itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.batching.agreement import common_answer
+from lamina.batching.dims import ensure_batched, logical_rank, logical_shape, pad_rank
+from lamina.batching.table import batching_rule, decomposition
+from lamina_core.errors import MutationError, message
+from lamina_core.schema import facts
+
+aten = torch.ops.aten
+
+# Elementwise though not tagged so; some of their kernels do not broadcast.
+_OF_ONE_SHAPE = [
+    aten._add_relu.Tensor,
+    aten._dirichlet_grad.default,
+    aten._standard_gamma_grad.default,
+    aten.hardshrink_backward.default,
+    aten.softshrink_backward.default,
+]
+
+
+def _register_of_one_shape(op: Any) -> None:
+    count = len(facts(op).tensor_args)
+
+    @batching_rule(op, state="family")
+    def of_one_shape(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        """[B, *S] each -> [B, *S]"""
+        operands = list(zip(args[:count], in_dims[:count], strict=True))
+        rank = max(logical_rank(x, bdim) for x, bdim in operands)
+        padded = torch.broadcast_tensors(*[pad_rank(x, bdim, rank) for x, bdim in operands])
+        return op(*padded, *args[count:], **kwargs), 0
+
+
+for _op in _OF_ONE_SHAPE:
+    _register_of_one_shape(_op)
+
+
+@decomposition(aten.abs_.default)
+def abs_(x: Any) -> Any:
+    """[*S] -> [*S]. PyTorch refuses complex tensors, whose absolute values are real."""
+    if x.is_complex():
+        text = "aten.abs_.default writes real numbers to a complex tensor"
+        raise MutationError(message(text, "to fix: use x.abs(), which gives a real tensor"))
+    return x.copy_(x.abs())
+
+
+@batching_rule(aten.equal.default)
+def equal(info: Any, in_dims: Any, x: Any, y: Any) -> Any:
+    """[B, *S], [B, *S] -> one bool for all examples. Where they disagree there is none to give."""
+    if logical_shape(x, in_dims[0]) != logical_shape(y, in_dims[1]):
+        return False, None
+    size = info.batch_size
+    x, y = (ensure_batched(v, d, size) for v, d in zip((x, y), in_dims, strict=True))
+    same = (x == y).reshape(size, x[:1].numel()).all(1)
+    return common_answer(info, same, "equal", "(x == y).all()"), None
+
+
+@batching_rule(aten.frexp.Tensor)
+def frexp(info: Any, in_dims: Any, x: Any) -> Any:
+    """[B, *S] -> mantissa [B, *S], exponent [B, *S]"""
+    return tuple(torch.frexp(x)), (in_dims[0], in_dims[0])
+
+
+@decomposition(aten.rrelu_with_noise_functional.default)
+def rrelu_with_noise_functional(
+    x: Any,
+    noise: Any,
+    lower: float = 0.125,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Any:
+    """A slope drawn for each element below 0; only training draws."""
+    if not training or not x.numel():
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2), noise
+    slope = torch.empty_like(x).uniform_(lower, upper, generator=generator)
+    return torch.where(x <= 0, x * slope, x), torch.where(x <= 0, slope, 1)
