@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import lamina
-from lamina.kernels import KERNELS
+from lamina.decompose.kernels import KERNELS
 from tests.batching.test_matmul_conv_norm import WHERE, B, agree, batches
 
 aten = torch.ops.aten

@@ -4,7 +4,7 @@ import lamina.autodiff.engine
 import lamina.autodiff.function_jvp
 import lamina.batching.function
 import lamina.checkpoint_policies
-import lamina.debug
+import lamina.debug  # noqa: F401 - all of these for what they register
 from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
 from lamina.autodiff.linear_transpose import linear_transpose
 from lamina.autodiff.linearize import linearize

@@ -28,7 +28,7 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
-from lamina.decompositions import decomposition_of
+from lamina.decompose.table import decomposition_of
 from lamina_core.alias import ViewRecipe, mutate, record_views
 from lamina_core.dispatch import (
     call_first,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lamina.decompositions import decomposition_of
+from lamina.decompose.table import decomposition_of
 from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, tensors_in, watched
 from lamina_core.interpreter import run_at
 from lamina_core.rules import RuleTable

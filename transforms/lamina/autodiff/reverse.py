@@ -37,7 +37,7 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.parts import PARTS, part_pullback
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
-from lamina.decompositions import decomposition_of
+from lamina.decompose.table import decomposition_of
 from lamina_core.alias import ViewRecipe, mutate, record_views
 from lamina_core.dispatch import (
     call_first,

@@ -28,9 +28,7 @@ def note_fallback(interpreter: Any, known: OpFacts) -> None:
             f"no batching rule for {known.name}" + (f": {reason}" if reason else ""),
             "registered overloads of the same op: "
             + (", ".join(RULES.siblings(known.op)) or "none"),
-            ""
-            if reason
-            else "to fix: add one: transforms/lamina/batching/rules/README.md says how",
+            "" if reason else "to fix: add one, as transforms/lamina/batching/rules/README.md says",
             f"{'to fix:' if reason else 'or'} loop over the examples, with "
             'lamina.config.fallback = "warn"',
         )

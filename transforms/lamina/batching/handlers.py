@@ -25,7 +25,7 @@ from lamina.batching.states import (
 )
 from lamina.batching.table import RULES, Info
 from lamina.batching.writes import in_place_handler
-from lamina.decompositions import decomposition_of
+from lamina.decompose.table import decomposition_of
 from lamina_core.alias import ViewRecipe, record_views
 from lamina_core.config import config
 from lamina_core.dispatch import pass_down, tensors_in, under_autocast, watched

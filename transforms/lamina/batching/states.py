@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lamina.batching.table import RULES
-from lamina.decompositions import decomposition_of
+from lamina.decompose.table import decomposition_of
 from lamina_core.schema import OpFacts, facts
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Batching rules of elementwise ops that the family does not cover.
 
-The family (`lamina.batching.elementwise`) takes every op that is tagged as elementwise and gives one
-tensor. Here is what gives several, gives a Python value, or has its random numbers to itself.
+The family (`lamina.batching.elementwise`) takes every op that is tagged as elementwise and gives
+one tensor. Here is what gives several, gives a Python value, or has its random numbers to itself.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lamina.kernels import KERNELS
-from lamina.optimisers import OPTIMISERS
-from lamina.packed import PACKED
-from lamina.resampling import RESAMPLED
+from lamina.decompose.kernels import KERNELS
+from lamina.decompose.optimisers import OPTIMISERS
+from lamina.decompose.packed import PACKED
+from lamina.decompose.resampling import RESAMPLED
 
 __all__ = ["decomposition_of"]
 

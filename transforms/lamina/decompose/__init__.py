@@ -1,0 +1,1 @@
+"""Fused ops, kernels of one device, optimiser steps and packed sequences as ordinary ops."""
