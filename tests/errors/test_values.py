@@ -181,7 +181,7 @@ def test_no_batching_rule(monkeypatch):
 no batching rule for aten._test_functorch_fallback.default
   while interpreting at level 1: vmap(batch_size=2, randomness='error')
   registered overloads of the same op: none
-  to fix: add one: transforms/lamina/batching/rules/README.md says how
+  to fix: add one, as transforms/lamina/batching/rules/README.md says
   or loop over the examples, with lamina.config.fallback = "warn\"""",
     )
 

@@ -9,6 +9,8 @@ from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
 from lamina.autodiff.linear_transpose import linear_transpose
 from lamina.autodiff.linearize import linearize
 from lamina.batching.api import vmap
+from lamina.checkpointing.rematerialise import checkpoint, checkpoint_name
+from lamina.checkpointing.residuals import print_saved_residuals, saved_residuals
 from lamina.custom.batching import custom_vmap
 from lamina.custom.jvp import custom_jvp
 from lamina.custom.vjp import custom_vjp
@@ -16,8 +18,6 @@ from lamina.custom.zeros import SymbolicZero
 from lamina.functional import functional_call, stack_module_state
 from lamina.jacobians import hessian, jacfwd, jacobian, jacrev
 from lamina.products import hvp, vhp
-from lamina.rematerialise import checkpoint, checkpoint_name
-from lamina.residuals import print_saved_residuals, saved_residuals
 from lamina.rows import Wirtinger
 from lamina_core.config import config
 

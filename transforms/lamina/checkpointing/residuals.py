@@ -16,8 +16,8 @@ from lamina.autodiff.checks import named_leaves
 from lamina.autodiff.leaf import LeafTensor
 from lamina.autodiff.saved import Packed
 from lamina.autodiff.tape import Node
-from lamina.kept import storage_of
-from lamina.rematerialise import Recording
+from lamina.checkpointing.kept import storage_of
+from lamina.checkpointing.rematerialise import HOME, Recording
 from lamina_core import pytree
 from lamina_core.config import tensor_summary
 from lamina_core.debug import calling_line
@@ -29,7 +29,6 @@ from lamina_core.wrapper import plain_of
 __all__ = ["Residual", "print_saved_residuals", "saved_residuals"]
 
 Tensor = torch.Tensor
-_HOME = os.path.dirname(__file__)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class _Watch:
         self._note_outputs(name, tensors_in((outs,), {}), set(), self.steps)
 
     def _note_outputs(self, name: str, outs: list[Any], given: set[int], start: int) -> None:
-        source = calling_line(_HOME)
+        source = calling_line(HOME)
         for tensor in outs:
             if storage_of(plain_of(tensor)) not in given:
                 self._note(tensor, f"output of {name}", start)

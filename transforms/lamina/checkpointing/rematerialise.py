@@ -17,18 +17,18 @@ them, and can answer for one backward pass.
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import checkpoint as _torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lamina.kept import DROP, Call, Kept, Offload, storage_of
+from lamina.checkpointing.kept import DROP, Call, Kept, Offload, storage_of
 from lamina_core import pytree
 from lamina_core.debug import calling_line
 from lamina_core.dispatch import tensors_in
@@ -37,6 +37,7 @@ from lamina_core.schema import OpFacts, facts
 from lamina_core.wrapper import LevelTensor, plain_of
 
 __all__ = [
+    "HOME",
     "Policy",
     "Recording",
     "Region",
@@ -47,6 +48,8 @@ __all__ = [
 _C = torch._C
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
+# The folder of the package, whose lines are not the user's.
+HOME = str(Path(__file__).parents[1])
 # `(op, *args, **kwargs)` -> whether the output is kept: a bool, an `Offload`, or `DROP`.
 Policy = Callable[..., Any]
 
@@ -88,7 +91,7 @@ def checkpoint(fun: Callable[..., Any], *, policy: Policy | None = None) -> Call
         region = Region(policy)
         if _thread.depth == 0:  # what is inside a region is computed again with it
             for recording in _thread.recordings:
-                region.source = calling_line(os.path.dirname(__file__))
+                region.source = calling_line(HOME)
                 recording.regions.append((region, (args, kwargs)))
         _thread.depth += 1
         try:
