@@ -16,9 +16,9 @@ from lamina.custom.jvp import custom_jvp
 from lamina.custom.vjp import custom_vjp
 from lamina.custom.zeros import SymbolicZero
 from lamina.functional import functional_call, stack_module_state
-from lamina.jacobians import hessian, jacfwd, jacobian, jacrev
-from lamina.products import hvp, vhp
-from lamina.rows import Wirtinger
+from lamina.jacobians.api import hessian, jacfwd, jacobian, jacrev
+from lamina.jacobians.products import hvp, vhp
+from lamina.jacobians.rows import Wirtinger
 from lamina_core.config import config
 
 __all__ = [

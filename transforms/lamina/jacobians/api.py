@@ -18,7 +18,7 @@ from lamina.autodiff.checks import (
     need_differentiable,
 )
 from lamina.batching.api import check_options
-from lamina.rows import Rows, as_tree, map_rows
+from lamina.jacobians.rows import Rows, as_tree, map_rows
 from lamina_core import pytree
 from lamina_core.errors import NotDifferentiableError, StructureError, message
 

@@ -1,0 +1,1 @@
+"""Jacobians, hessians and their products with vectors, on public calls of the other transforms."""
