@@ -24,15 +24,25 @@ from typing import Any
 
 import torch
 
-from lamina_core.dispatch import lower, map_tensors, pass_down, tensors_in
+from lamina_core.dispatch import lower, pass_down
 from lamina_core.errors import MutationError, NotDifferentiableError
-from lamina_core.interpreter import Interpreter, derivatives_on, mode_off, run_at
+from lamina_core.interpreter import Interpreter
+from lamina_core.level import Level
+from lamina_core.mode import mode_off
+from lamina_core.recipe import ViewRecipe
 from lamina_core.scatter import scatter
 from lamina_core.schema import OpFacts, facts
+from lamina_core.scopes import derivatives_on, run_at
+from lamina_core.tensors import map_tensors, tensors_in
+from lamina_core.torch_hooks.keys import (
+    BelowADInplaceOrView,
+    DispatchKey,
+    DispatchKeySet,
+    ExcludeKeys,
+)
 from lamina_core.wrapper import LevelTensor
 
 __all__ = [
-    "ViewRecipe",
     "mutate",
     "mutate_copies",
     "record_views",
@@ -47,31 +57,6 @@ _CLASSES = LevelTensor.classes
 aten = torch.ops.aten
 
 
-class ViewRecipe:
-    """How a wrapper was viewed out of its parent.
-
-    Attributes:
-        parent: The wrapper that was viewed.
-        op: The view op.
-        args: Its arguments behind the parent.
-        kwargs: Its keyword arguments.
-        index: Which output of the op this view is, or None if it has one output.
-        version: The version of the parent that the view shows.
-    """
-
-    __slots__ = ("args", "index", "kwargs", "op", "parent", "version")
-
-    def __init__(
-        self, parent: LevelTensor, op: Any, args: Any, kwargs: Any, index: int | None
-    ) -> None:
-        self.parent = parent
-        self.op = op
-        self.args = args
-        self.kwargs = kwargs
-        self.index = index
-        self.version = parent.version
-
-
 def record_views(out: Any, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Give the outputs of a view op their recipes, and return them."""
     parent = args[0]
@@ -83,7 +68,7 @@ def record_views(out: Any, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return out
 
 
-def refresh(interpreter: Interpreter, view: LevelTensor) -> None:
+def refresh(interpreter: Level, view: LevelTensor) -> None:
     """Bring a view up to date with its base."""
     recipe = view.recipe
     if recipe is None:
@@ -131,7 +116,7 @@ def stamp(tensor: Any) -> Any:
     return (*versions, version) if versions else version
 
 
-def refresh_all(interpreter: Interpreter, args: Any, kwargs: dict[str, Any]) -> None:
+def refresh_all(interpreter: Level, args: Any, kwargs: dict[str, Any]) -> None:
     """Bring all views of this level among the arguments of an op up to date."""
     for tensor in tensors_in(args, kwargs):
         if interpreter.is_own(tensor) and tensor.recipe is not None:
@@ -289,7 +274,7 @@ _RESHAPING = frozenset(
         "unsqueeze_",
     )
 )
-_NO_PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+_NO_PYTHON = DispatchKeySet(DispatchKey.Python)
 
 
 def _reshape(
@@ -310,8 +295,8 @@ def _reshape(
         new = counterpart(former, *args[1:], **kwargs)
     with (
         mode_off(),
-        torch._C._ExcludeDispatchKeyGuard(_NO_PYTHON),
-        torch._C._AutoDispatchBelowADInplaceOrView(),
+        ExcludeKeys(_NO_PYTHON),
+        BelowADInplaceOrView(),
     ):
         torch.Tensor.resize_(target, new.shape)
     interpreter.rebind(target, new)
@@ -374,7 +359,7 @@ def write(interpreter: Interpreter, known: OpFacts, target: Any, new: Any) -> No
     _write(interpreter, target, new)
 
 
-def captured_error(interpreter: Interpreter, name: str, target: Any) -> Exception:
+def captured_error(interpreter: Level, name: str, target: Any) -> Exception:
     """The error for a write of a value of this level to a tensor from outside."""
     return interpreter.error(
         MutationError,

@@ -22,7 +22,9 @@ import torch
 
 from lamina_core.config import config, tensor_summary
 from lamina_core.errors import RuleError, message
-from lamina_core.interpreter import Interpreter, current_stack
+from lamina_core.interpreter import Interpreter
+from lamina_core.mode import current_stack
+from lamina_core.torch_hooks.registry import OpOverload
 
 __all__ = ["calling_line", "explain", "print_stack", "stack_text", "trace_log"]
 
@@ -192,6 +194,6 @@ def _overloads(op: Any) -> list[Any]:
                     )
                 ) from error
         op = found
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, OpOverload):
         return [op]
     return [getattr(op, name) for name in op.overloads()]

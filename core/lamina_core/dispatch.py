@@ -19,9 +19,12 @@ from typing import Any
 import torch
 
 from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers their operators
-from lamina_core.interpreter import Interpreter, thread_mode
-from lamina_core.outer import OuterState, autocast_keys, regain
+from lamina_core.interpreter import Interpreter
+from lamina_core.mode import thread_mode
+from lamina_core.outer import autocast_keys, regain
 from lamina_core.schema import facts
+from lamina_core.tensors import map_tensors, needs_guard, tensors_in
+from lamina_core.torch_hooks.autograd import forward_ad
 from lamina_core.wrapper import LevelTensor, highest_interpreter, made_as_view, strip_dead
 
 __all__ = [
@@ -30,43 +33,14 @@ __all__ = [
     "call_two",
     "copied",
     "lower",
-    "map_tensors",
     "native",
-    "needs_guard",
     "pass_down",
-    "tensors_in",
     "under_autocast",
     "watched",
 ]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
-
-
-def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """All tensors among the arguments of an op, wrappers included."""
-    found: list[Any] = []
-    for arg in (*args, *kwargs.values()):
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif type(arg) is list or type(arg) is tuple:
-            found.extend(item for item in arg if isinstance(item, Tensor))
-    return found
-
-
-def map_tensors(fn: Any, arg: Any) -> Any:
-    """Apply `fn` to every tensor of one argument or of one output."""
-    if isinstance(arg, Tensor):
-        return fn(arg)
-    if isinstance(arg, (list, tuple)):
-        mapped = [map_tensors(fn, item) for item in arg]
-        return mapped if type(arg) is list else tuple(mapped)
-    return arg
-
-
-def needs_guard(plain: Any) -> bool:
-    """Whether the user's own autograd wants to see ops on this plain tensor."""
-    return bool(plain.requires_grad) or torch.autograd.forward_ad._current_level >= 0
 
 
 def native(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,24 +73,6 @@ def copied(x: Any, src: Any, non_blocking: bool = False) -> Any:
         return _COPY(x, src, non_blocking)
     src = src.to(device=x.device, dtype=x.dtype, non_blocking=non_blocking).expand(x.shape)
     return torch.slice_scatter(x, src) if x.dim() else src.clone()
-
-
-def _run_dead(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op whose wrappers are all dead: on what stands for them, at the present level.
-
-    Called below autograd, so the keys of the caller are brought back for the values.
-    """
-    args = tuple([strip_dead(arg) for arg in args])
-    kwargs = {key: strip_dead(value) for key, value in kwargs.items()}
-    if facts(op).is_view and not any(needs_guard(tensor) for tensor in tensors_in(args, kwargs)):
-        return op(*args, **kwargs)  # outside the transforms, C++ makes a view of it that it tracks
-    outer = thread_mode().outer or _PRISTINE
-    with outer.guard():
-        return op(*args, **kwargs)
-
-
-_PRISTINE = OuterState()
-LevelTensor.run_dead = staticmethod(_run_dead)
 
 
 def call_one(op: Any, call: Any, value: Any) -> Any:
@@ -205,7 +161,7 @@ def watched(
     level as constants, so that every op of the rule is seen there and ends in the first case.
     """
     outer = thread_mode().outer
-    if outer is None or not (outer.grad_enabled or torch.autograd.forward_ad._current_level >= 0):
+    if outer is None or not (outer.grad_enabled or forward_ad._current_level >= 0):
         # Under no_grad around the transforms nobody outside asks, and the guard would switch off
         # this level as well, whose handler looks at the same flag.
         return handler(interpreter, op, args, kwargs)

@@ -22,6 +22,7 @@ __all__ = [
     "RuleError",
     "StructureError",
     "TangentError",
+    "TorchHookError",
     "message",
 ]
 
@@ -335,6 +336,22 @@ class FallbackWarning(UserWarning):
         >>> vmap(torch._int_mm)(a, a.mT).shape
         torch.Size([2, 3, 3])
         >>> config.fallback = "warn"
+    """
+
+
+class TorchHookError(LaminaError, ImportError):
+    """A private part of torch that Lamina stands on is gone, or no longer does what it did.
+
+    It is raised when `lamina` is imported. Else a gradient might be wrong and nobody would know.
+
+    Example:
+        >>> from lamina_core.torch_hooks.doors import door
+        >>> door("torch._C._gone", "an example")
+        Traceback (most recent call last):
+            ...
+        lamina_core.errors.TorchHookError: torch ... has no torch._C._gone, on which Lamina stands
+          it is needed for: an example
+          to fix: install a version of torch that Lamina has been tested with (its README ...
     """
 
 

@@ -1,7 +1,7 @@
 """The door of `torch.autograd.Function`: a function that brings a backward of its own.
 
-`Function.apply` offers no hook to tensor subclasses, so `install` gives it one, once; without an
-active transform that leads straight to the original.
+`Function.apply` offers no hook to tensor subclasses, so `install` gives it one, once (see
+NOTE [Function.apply]); without an active transform that leads straight to the original.
 
 # NOTE [Functions]
 A call is described by a `Custom` and goes down the levels like an op. Each interpreter hands it to
@@ -23,10 +23,14 @@ from typing import Any, ClassVar
 import torch
 
 from lamina_core.alias import captured_error, refresh_all, write
-from lamina_core.dispatch import map_tensors
 from lamina_core.errors import CapturedTensorError, message
-from lamina_core.interpreter import Interpreter, run_at, thread_mode
+from lamina_core.interpreter import Interpreter
+from lamina_core.level import Level
+from lamina_core.mode import thread_mode
 from lamina_core.outer import autograd_is_on
+from lamina_core.scopes import run_at
+from lamina_core.tensors import map_tensors
+from lamina_core.torch_hooks.functions import catch_functions, original_apply
 from lamina_core.wrapper import LevelTensor, highest_interpreter, level_of, strip_dead
 
 __all__ = ["Applied", "Custom", "apply_custom", "apply_here", "applying", "skipping"]
@@ -145,7 +149,7 @@ class Custom:
 
 
 Handler = Callable[[Any, Custom, tuple[Any, ...], Needs], Applied]
-_HANDLERS: dict[type[Interpreter], Handler] = {}
+_HANDLERS: dict[type[Level], Handler] = {}
 
 
 def applying(kind: type[Interpreter]) -> Callable[[Handler], Handler]:
@@ -274,7 +278,7 @@ def _through_autograd(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Ap
         ]
     )
     results: list[Applied] = []
-    outs = _original(_Bridge, custom, needs, results, *args)
+    outs = original_apply(_Bridge, custom, needs, results, *args)
     return results[0].lifted(args, list(outs))
 
 
@@ -345,14 +349,6 @@ class _Settle:
 
 # -- the door --------------------------------------------------------------------------------------
 
-# `Function.apply` calls this class's `apply`, which it looks up on every call. So functions are
-# caught here even if their `apply` was stored somewhere before this module was imported.
-_Base: Any = torch.autograd.function._SingleLevelFunction
-
-
-def _original(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    return super(_Base, cls).apply(*args, **kwargs)
-
 
 def install(make: Callable[[type, tuple[Any, ...], dict[str, Any]], tuple[Custom, Any]]) -> None:
     """Catch what goes through `torch.autograd.Function.apply`.
@@ -362,16 +358,21 @@ def install(make: Callable[[type, tuple[Any, ...], dict[str, Any]], tuple[Custom
     """
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # With C++ autograd on no level is concerned: the outermost caller's keys are in force, or a
-        # borrowed formula is being recorded, and the function belongs to an op of the user's own.
-        if (thread_mode().top is None or autograd_is_on()) and not any(
-            type(arg) in _CLASSES for arg in args
-        ):
-            return _original(cls, *args, **kwargs)
+        if not _concerned() and not any(type(arg) in _CLASSES for arg in args):
+            return original_apply(cls, *args, **kwargs)
         custom, args = make(cls, args, kwargs)
         return apply_here(_passing_by(custom, args), args)
 
-    _Base.apply = classmethod(apply)
+    catch_functions(apply, _concerned)
+
+
+def _concerned() -> bool:
+    """Whether a level may be concerned by a function.
+
+    With C++ autograd on none is: the outermost caller's keys are in force, or a borrowed formula is
+    being recorded, and the function belongs to an op of the user's own.
+    """
+    return thread_mode().top is not None and not autograd_is_on()
 
 
 def apply_here(custom: Custom, args: tuple[Any, ...]) -> Any:

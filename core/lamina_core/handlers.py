@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from lamina_core.alias import refresh_all
-from lamina_core.dispatch import needs_guard, watched
+from lamina_core.dispatch import watched
 from lamina_core.interpreter import Interpreter
+from lamina_core.tensors import needs_guard
 from lamina_core.wrapper import LevelTensor
 
 __all__ = ["Handler", "HandlerInterpreter"]

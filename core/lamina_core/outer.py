@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from lamina_core.torch_hooks import keys
+from lamina_core.torch_hooks.autograd import set_grad_enabled
+from lamina_core.torch_hooks.modes import mode_count
+
 __all__ = [
     "BELOW_AUTOGRAD",
     "OuterState",
@@ -14,24 +18,22 @@ __all__ = [
     "regain",
 ]
 
-_C = torch._C
-
 # Autograd and ADInplaceOrView are off while a transform is active: composite ops then reach Python
 # whole, no C++ graph grows on wrappers, and a view op does not chain its output to its input.
-_outside = _C._dispatch_tls_local_exclude_set()
-with _C._AutoDispatchBelowADInplaceOrView():
-    BELOW_AUTOGRAD = _C._dispatch_tls_local_exclude_set() - _outside
+_outside = keys.excluded_keys()
+with keys.BelowADInplaceOrView():
+    BELOW_AUTOGRAD = keys.excluded_keys() - _outside
 
-_is_excluded = _C._dispatch_tls_is_dispatch_key_excluded
-_exclude_set = _C._dispatch_tls_local_exclude_set
-_AUTOGRAD = _C.DispatchKey.AutogradFunctionality
-_INSIDE_HANDLER: Any = _C._parse_dispatch_key("PythonTLSSnapshot")  # torch excludes it there
-_AsOutside: Any = _C._RestorePythonTLSSnapshot  # type: ignore[attr-defined]
-_MODES = _C.DispatchKeySet(_C.DispatchKey.Python) | _C.DispatchKeySet(_INSIDE_HANDLER)
-_AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU)
-for _name in dir(_C.DispatchKey):
+_is_excluded = keys.is_excluded
+_exclude_set = keys.excluded_keys
+_AUTOGRAD = keys.DispatchKey.AutogradFunctionality
+_INSIDE_HANDLER: Any = keys.parse_key("PythonTLSSnapshot")  # torch excludes it there
+_AsOutside: Any = keys.OutsideHandler
+_MODES = keys.DispatchKeySet(keys.DispatchKey.Python) | keys.DispatchKeySet(_INSIDE_HANDLER)
+_AUTOCAST = keys.DispatchKeySet(keys.DispatchKey.AutocastCPU)
+for _name in dir(keys.DispatchKey):
     if _name.startswith("Autocast"):
-        _AUTOCAST = _AUTOCAST | _C.DispatchKeySet(getattr(_C.DispatchKey, _name))
+        _AUTOCAST = _AUTOCAST | keys.DispatchKeySet(getattr(keys.DispatchKey, _name))
 
 
 def autograd_is_on() -> bool:
@@ -57,8 +59,8 @@ def autocast_keys() -> Any:
 
 def regain(autocast: Any) -> Any:
     """A guard that switches autocast keys on again for code that runs inside a handler."""
-    include = _C._dispatch_tls_local_include_set()
-    return _C._ForceDispatchKeyGuard(include, _exclude_set() - autocast)
+    include = keys.included_keys()
+    return keys.ForceKeys(include, _exclude_set() - autocast)
 
 
 class OuterState:
@@ -71,7 +73,7 @@ class OuterState:
     __slots__ = ("_inside", "_uncast", "exclude", "grad_enabled", "include")
 
     def __init__(self) -> None:
-        self.include = _C._dispatch_tls_local_include_set()
+        self.include = keys.included_keys()
         self.exclude = _exclude_set()
         # Worked out on first use, which most transforms never come to.
         self._uncast: Any = None
@@ -87,11 +89,11 @@ class OuterState:
                 others that it enters: torch switches their keys on for the first mode alone.
         """
         include = self.include
-        if modes and _C._len_torch_dispatch_stack():
+        if modes and mode_count():
             include = include | _MODES
         if self._uncast is None:
             self._uncast = self.exclude | _AUTOCAST
-            self._inside = self._uncast | _C.DispatchKeySet(_INSIDE_HANDLER)
+            self._inside = self._uncast | keys.DispatchKeySet(_INSIDE_HANDLER)
         if autocast is not None:
             return _Guard(self, include, self._uncast - autocast)
         exclude = self._inside if _is_excluded(_INSIDE_HANDLER) else self._uncast
@@ -109,12 +111,12 @@ class _Guard:
         self.exclude = exclude
 
     def __enter__(self) -> None:
-        self.keys = _C._ForceDispatchKeyGuard(self.include, self.exclude)
+        self.keys = keys.ForceKeys(self.include, self.exclude)
         self.keys.__enter__()
         self.grad_enabled = torch.is_grad_enabled()
         if not self.outer.grad_enabled:
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
 
     def __exit__(self, *exc: object) -> None:
-        torch._C._set_grad_enabled(self.grad_enabled)
+        set_grad_enabled(self.grad_enabled)
         self.keys.__exit__(None, None, None)

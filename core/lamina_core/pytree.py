@@ -24,10 +24,9 @@ from typing import Any, NoReturn, TypeVar
 import optree
 import torch
 from optree import PyTreeSpec
-from torch.utils._pytree import SUPPORTED_NODES as TORCH_NODES
-from torch.utils._pytree import GetAttrKey, MappingKey, NodeDef
 
 from lamina_core.errors import StructureError, message
+from lamina_core.torch_hooks.pytrees import TORCH_NODES, GetAttrKey, MappingKey, NodeDef
 
 __all__ = [
     "PyTreeSpec",

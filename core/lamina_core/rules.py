@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lamina_core.errors import RuleError, message
+from lamina_core.torch_hooks.registry import OpOverload
 
 __all__ = ["STATES", "Rule", "RuleTable"]
 
@@ -44,6 +43,7 @@ class RuleTable:
         RuleError: On registration for something that is no `OpOverload`, or twice for one.
 
     Example:
+        >>> import torch
         >>> table = RuleTable("demo")
         >>> table.register(torch.ops.aten.sin.default, lambda x: x)
         >>> table.lookup(torch.ops.aten.sin.default).state
@@ -58,7 +58,7 @@ class RuleTable:
 
     def register(self, op: Any, function: Callable[..., Any], *, state: str = "rule") -> None:
         """Add the rule of one overload."""
-        if not isinstance(op, torch._ops.OpOverload):
+        if not isinstance(op, OpOverload):
             raise RuleError(
                 message(
                     f"a {self.transform} rule is registered for an OpOverload",

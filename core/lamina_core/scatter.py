@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lamina_core.errors import MutationError
-
-if TYPE_CHECKING:
-    from lamina_core.alias import ViewRecipe
+from lamina_core.recipe import ViewRecipe
 
 __all__ = ["scatter"]
 

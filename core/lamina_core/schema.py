@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lamina_core.torch_hooks.registry import BINDINGS, has_kernel
+
 __all__ = ["FACTORY_OPTIONS", "OpFacts", "facts", "is_tensor_list_type", "is_tensor_type"]
 
 # Ops that are random although torch does not tag them so: they decompose into tagged ones, or draw
@@ -114,7 +116,7 @@ class OpFacts:
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM
         ) and schema.name not in _NOT_RANDOM
         # Overloads of TorchScript alone (aten.any.str) are listed, but the dispatcher lacks them.
-        known_to_dispatcher = torch._C._dispatch_has_kernel(op.name())
+        known_to_dispatcher = has_kernel(op.name())
         self.is_composite = known_to_dispatcher and op._can_decompose()
         self.returns = tuple(_return_kind(str(r.type)) for r in schema.returns)
         self._functional: Any = False
@@ -147,7 +149,7 @@ class OpFacts:
 
 def _fast_call(op: Any) -> Any:
     base = op._schema.name.removeprefix("aten::")
-    for home in (torch, torch._C._nn, torch._C.TensorBase):
+    for home in BINDINGS:
         binding = getattr(home, base, None)
         if type(binding) is type(torch.sin) or type(binding) is type(torch.Tensor.view):
             return binding

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from lamina_core.interpreter import _thread
+from lamina_core.mode import _thread
+from lamina_core.torch_hooks.modes import function_mode_count, mode_count, pop_mode, push_mode
 from lamina_core.wrapper import LevelTensor
 
 __all__: list[str] = []
@@ -25,10 +26,6 @@ Tensor = torch.Tensor
 _CLASSES = LevelTensor.classes
 _PLAIN_OPERANDS = frozenset((Tensor, torch.nn.Parameter, float, int))
 _SIZES = frozenset((tuple, list, torch.Size))
-_stack_length = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_pop = torch._C._pop_torch_dispatch_stack
-_push = torch._C._push_on_torch_dispatch_stack
 
 
 def _as(method: Any, usual: Any) -> Any:
@@ -41,20 +38,20 @@ def _unary(op: Any, usual: Any) -> Any:
     def method(self: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
-        length = _stack_length()
+        length = mode_count()
         if length < mode.depth and not (length and mode.is_on()):
             # Rule code: an op goes to the interpreter of its operand (the second route).
             if interpreter.alive:
                 return interpreter.process(op, (self,), {})
-        elif interpreter is mode.top and length == mode.depth and not _function_modes():
+        elif interpreter is mode.top and length == mode.depth and not function_mode_count():
             # User code: the innermost transform owns the operand (the first route).
-            popped = _pop(None)
+            popped = pop_mode(None)
             try:
                 # Inside a handler the length may be the same by another mode of the user's code.
                 if popped is mode:
                     return interpreter.process(op, (self,), {})
             finally:
-                _push(popped)
+                push_mode(popped)
         return usual(self)
 
     return _as(method, usual)
@@ -64,7 +61,7 @@ def _binary(op: Any, usual: Any, reflected: bool = False, cast: bool = False) ->
     def method(self: Any, other: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
-        length = _stack_length()
+        length = mode_count()
         kind = type(other)
         # `plain + wrapper` comes here first. The order is kept: a result is laid out like its first
         # operand, and from a transposed one all that follows would inherit rows out of order.
@@ -78,15 +75,15 @@ def _binary(op: Any, usual: Any, reflected: bool = False, cast: bool = False) ->
             not cast
             and interpreter is mode.top
             and length == mode.depth
-            and not _function_modes()
+            and not function_mode_count()
             and (kind in _CLASSES or kind in _PLAIN_OPERANDS)
         ):
-            popped = _pop(None)
+            popped = pop_mode(None)
             try:
                 if popped is mode:
                     return interpreter.process(op, (other, self) if swap else (self, other), {})
             finally:
-                _push(popped)
+                push_mode(popped)
         return op(other, self) if swap else usual(self, other)
 
     return _as(method, usual)
@@ -96,7 +93,7 @@ def _parsed(op: Any, usual: Any, parse: Callable[[Any, Any], Any], cast: bool = 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode: Any = _thread.mode
         interpreter = self.interpreter
-        length = _stack_length()
+        length = mode_count()
         if not kwargs:
             if length < mode.depth and not (length and mode.is_on()):
                 if interpreter.alive and (parsed := parse(self, args)) is not None:
@@ -105,15 +102,15 @@ def _parsed(op: Any, usual: Any, parse: Callable[[Any, Any], Any], cast: bool = 
                 not cast
                 and interpreter is mode.top
                 and length == mode.depth
-                and not _function_modes()
+                and not function_mode_count()
                 and (parsed := parse(self, args)) is not None
             ):
-                popped = _pop(None)
+                popped = pop_mode(None)
                 try:
                     if popped is mode:
                         return interpreter.process(op, parsed, {})
                 finally:
-                    _push(popped)
+                    push_mode(popped)
         return usual(self, *args, **kwargs)
 
     return _as(method, usual)

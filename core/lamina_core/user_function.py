@@ -22,8 +22,8 @@ _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 _ONCE: Any = once_differentiable(lambda ctx: None).__code__
 _FLAGS = frozenset(
-    "dirty_tensors materialize_grads needs_input_grad non_differentiable saved_for_forward to_save "
-    "_forward_cls _unpacked".split()
+    "_forward_cls _input_grad_buffers _unpacked dirty_tensors materialize_grads needs_input_grad "
+    "non_differentiable output_grad_dtypes saved_for_forward to_save".split()
 )
 
 
@@ -39,6 +39,8 @@ class Context(FunctionCtx):
         self.dirty_tensors: tuple[Any, ...] = ()
         self.non_differentiable: tuple[Any, ...] = ()
         self._unpacked: tuple[Any, ...] = ()
+        self.output_grad_dtypes: tuple[Any, ...] | None = None
+        self._input_grad_buffers: tuple[None, ...] = ()
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
@@ -74,12 +76,21 @@ class Meta:
 class _Frame:
     """A context without its tensors: the `rest` of `Applied`."""
 
-    __slots__ = ("attributes", "ins", "materialize", "outs", "saved", "saved_for_forward")
+    __slots__ = (
+        "attributes",
+        "dtypes",
+        "ins",
+        "materialize",
+        "outs",
+        "saved",
+        "saved_for_forward",
+    )
 
     attributes: dict[str, Any]
     saved: list[Any]
     saved_for_forward: list[Any] | None
     materialize: bool
+    dtypes: tuple[Any, ...] | None  # in which backward wants its cotangents, if it says so
     ins: list[Meta | None]
     outs: list[Meta | None]
 
@@ -190,6 +201,7 @@ class UserFunction(Custom):
             for arg in args:
                 slot(arg)
         frame.materialize = ctx.materialize_grads
+        frame.dtypes = ctx.output_grad_dtypes
         frame.ins = [Meta(arg) if isinstance(arg, Tensor) else None for arg in args]
         frame.outs = [Meta(o) if isinstance(o, Tensor) else None for o in outs]
         constant = {id(tensor) for tensor in ctx.non_differentiable}
@@ -234,6 +246,8 @@ class UserFunction(Custom):
 
         ctx = Context(self.cls, needs)
         ctx.materialize_grads = frame.materialize
+        # Sums of cotangents are the tape's own: there is no buffer to hand out.
+        ctx._input_grad_buffers = (None,) * len(frame.ins)
         for name, value in frame.attributes.items():
             filled = pytree.tree_map(fill, value) if _holds_slot(value) else value
             setattr(ctx, name, filled)
@@ -260,7 +274,13 @@ class UserFunction(Custom):
                 meta.zeros() if ct is None and meta is not None else ct
                 for ct, meta in zip(cts, frame.outs, strict=True)
             ]
-        found = self.user_backward(ctx, *cts)
+        if frame.dtypes is not None:
+            cts = [
+                ct if ct is None or dtype is None else ct.to(dtype)
+                for ct, dtype in zip(cts, frame.dtypes, strict=True)
+            ]
+        boxed = getattr(self.cls, "boxed_grads_call", False)
+        found = self.user_backward(ctx, list(cts)) if boxed else self.user_backward(ctx, *cts)
         return self._checked(found, frame, needs)
 
     def _checked(self, found: Any, frame: _Frame, needs: Needs) -> list[Any]:

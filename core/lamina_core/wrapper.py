@@ -6,16 +6,20 @@ A wrapper is a tensor without storage. It shows the logical shape, dtype and dev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from lamina_core.config import tensor_summary
 from lamina_core.errors import CapturedTensorError, MissingRuleError, MutationError, message
-
-if TYPE_CHECKING:
-    from lamina_core.alias import ViewRecipe
-    from lamina_core.interpreter import Interpreter
+from lamina_core.level import Level
+from lamina_core.mode import thread_mode
+from lamina_core.outer import OuterState
+from lamina_core.recipe import ViewRecipe
+from lamina_core.schema import facts
+from lamina_core.tensors import needs_guard, tensors_in
+from lamina_core.torch_hooks.keys import CONJUGATE, NEGATIVE, set_excluded
+from lamina_core.torch_hooks.tensors import is_alias_of, make_wrapper, no_torch_function
 
 __all__ = [
     "LevelTensor",
@@ -23,20 +27,12 @@ __all__ = [
     "highest_interpreter",
     "level_of",
     "made_as_view",
-    "make_wrapper",
     "plain_of",
     "shares_memory",
     "strip_dead",
 ]
 
-make_wrapper = torch.Tensor._make_wrapper_subclass
-
-# See `lamina_core.interpreter`: without this a rule's ops would ignore the lazy conjugate bit.
-_see_lazy = torch._C._dispatch_tls_set_dispatch_key_excluded
-_CONJUGATE = torch._C.DispatchKey.Conjugate
-_NEGATIVE = torch._C.DispatchKey.Negative
 _default_dtype = torch.get_default_dtype
-_is_alias_of: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 class LevelTensor(torch.Tensor):
@@ -54,7 +50,7 @@ class LevelTensor(torch.Tensor):
     # Slots keep an instance from needing a dict, which would double the cost of a wrapper: 1 us.
     __slots__ = ("interpreter", "recipe", "value")
 
-    interpreter: Interpreter
+    interpreter: Level
     value: Any
     recipe: ViewRecipe | None
 
@@ -66,7 +62,7 @@ class LevelTensor(torch.Tensor):
     classes: ClassVar[set[type]] = set()
 
     # The ops of a wrapper are seen below, in `__torch_dispatch__`; nothing happens at this door.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Remember every wrapper class, so that `type(x) in classes` tells wrappers apart."""
@@ -83,8 +79,8 @@ class LevelTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Hand an op that no mode caught to the interpreter of the highest level involved."""
-        _see_lazy(_CONJUGATE, False)
-        _see_lazy(_NEGATIVE, False)
+        set_excluded(CONJUGATE, False)
+        set_excluded(NEGATIVE, False)
         if not kwargs and len(args) == 1 and type(args[0]) in _CLASSES:
             interpreter = args[0].interpreter  # one operand: nothing to search
             if interpreter.alive:
@@ -93,10 +89,7 @@ class LevelTensor(torch.Tensor):
         interpreter = highest_interpreter(args, kwargs)
         if interpreter is not None:
             return interpreter.process(func, args, kwargs)
-        from_dead = cls.run_dead  # rebound in `lamina_core.dispatch`, which imports this module
-        return from_dead(func, args, kwargs)
-
-    run_dead: ClassVar[Any] = None
+        return _run_dead(func, args, kwargs)
 
     @property
     def data(self) -> Any:
@@ -196,7 +189,7 @@ def level_of(value: Any) -> int:
     return 0
 
 
-def highest_interpreter(args: Any, kwargs: dict[str, Any]) -> Interpreter | None:
+def highest_interpreter(args: Any, kwargs: dict[str, Any]) -> Level | None:
     """The live interpreter of the highest level among the wrappers in the arguments of an op."""
     best = None
     level = 0
@@ -229,6 +222,23 @@ def strip_dead(arg: Any) -> Any:
     return arg
 
 
+def _run_dead(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op whose wrappers are all dead: on what stands for them, at the present level.
+
+    Called below autograd, so the keys of the caller are brought back for the values.
+    """
+    args = tuple([strip_dead(arg) for arg in args])
+    kwargs = {key: strip_dead(value) for key, value in kwargs.items()}
+    if facts(op).is_view and not any(needs_guard(tensor) for tensor in tensors_in(args, kwargs)):
+        return op(*args, **kwargs)  # outside the transforms, C++ makes a view of it that it tracks
+    outer = thread_mode().outer or _PRISTINE
+    with outer.guard():
+        return op(*args, **kwargs)
+
+
+_PRISTINE = OuterState()
+
+
 def plain_of(value: Any) -> Any:
     """The plain tensor at the bottom of a stack of wrappers."""
     while type(value) in _CLASSES:
@@ -250,4 +260,4 @@ def made_as_view(out: Any, base: Any) -> bool:
 
 def shares_memory(first: Any, second: Any) -> bool:
     """Whether two values lie in the same memory at level 0."""
-    return bool(_is_alias_of(plain_of(first), plain_of(second)))
+    return bool(is_alias_of(plain_of(first), plain_of(second)))

@@ -8,8 +8,8 @@ import torch
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina_core.alias import refresh
 from lamina_core.errors import MutationError
-from lamina_core.interpreter import run_at
 from lamina_core.scatter import scatter
+from lamina_core.scopes import run_at
 
 aten = torch.ops.aten
 

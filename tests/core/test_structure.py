@@ -28,6 +28,7 @@ RULES_MAY_IMPORT = {
         "lamina_core.dispatch",
         "lamina_core.errors",
         "lamina_core.schema",
+        "lamina_core.torch_hooks.registry",
     },
     "lamina.autodiff.rules": {
         "lamina.autodiff.declare",
@@ -77,20 +78,16 @@ def targets(node: ast.AST) -> list[str]:
     return []
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
 @functools.cache
 def imports(module: str) -> frozenset[str]:
-    """All that a module imports while it is loaded; ours as the name of a module."""
+    """All that a module imports, for its types too; ours as the name of a module."""
     found = set()
     pending: list[ast.AST] = [tree_of(module)]
     while pending:
         node = pending.pop()
         found.update(ours_or_other(target) for target in targets(node))
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            pending += [n for n in ast.iter_child_nodes(node) if not is_type_checking(n)]
+            pending += ast.iter_child_nodes(node)
     return frozenset(found)
 
 
@@ -198,6 +195,17 @@ def test_no_other_implementation_is_called(module):
     names += [target for node in ast.walk(tree_of(module)) for target in targets(node)]
     found = [name for name in names if any(is_within(name, other) for other in FORBIDDEN)]
     assert found == []
+
+
+@pytest.mark.parametrize("module", sources())
+def test_private_parts_of_torch_are_named_in_one_place(module):
+    if is_within(module, "lamina_core.torch_hooks"):
+        return
+    names = [ast.unparse(n) for n in ast.walk(tree_of(module)) if isinstance(n, ast.Attribute)]
+    names += [target for node in ast.walk(tree_of(module)) for target in targets(node)]
+    private = re.compile(r"(torch(\.\w+)*|_C)\._[A-Za-z]")
+    public = re.compile(r"torch\.(ops\.|_safe_softmax$)")  # ops, by whichever name
+    assert [name for name in names if private.match(name) and not public.match(name)] == []
 
 
 _TITLE = re.compile(r"^\s*# NOTE \[([^\]]+)\]", re.MULTILINE)

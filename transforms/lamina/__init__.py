@@ -4,7 +4,8 @@ import lamina.autodiff.engine
 import lamina.autodiff.function_jvp
 import lamina.batching.function
 import lamina.checkpoint_policies
-import lamina.debug  # noqa: F401 - all of these for what they register
+import lamina.debug
+import lamina.proofs  # noqa: F401 - all of these for what they register
 from lamina.autodiff.api import grad, grad_and_value, jvp, value_and_grad, vjp
 from lamina.autodiff.linear_transpose import linear_transpose
 from lamina.autodiff.linearize import linearize
@@ -20,6 +21,7 @@ from lamina.jacobians.api import hessian, jacfwd, jacobian, jacrev
 from lamina.jacobians.products import hvp, vhp
 from lamina.jacobians.rows import Wirtinger
 from lamina_core.config import config
+from lamina_core.torch_hooks.doors import require_proofs
 
 __all__ = [
     "SymbolicZero",
@@ -50,3 +52,6 @@ __all__ = [
     "vjp",
     "vmap",
 ]
+
+# A hook into torch that is not reached must not show as a wrong gradient.
+require_proofs()

@@ -26,6 +26,7 @@ from lamina.autodiff.reverse import state_of as vjp_state
 from lamina.batching.user_ops import state_of as vmap_state
 from lamina_core.rules import STATES
 from lamina_core.schema import facts
+from lamina_core.torch_hooks.registry import all_op_names, has_kernel_for
 
 __all__ = ["Row", "report", "rows"]
 
@@ -101,7 +102,7 @@ def rows() -> list[Row]:
 
 
 def _overloads() -> Iterator[Any]:
-    for full in sorted(torch._C._dispatch_get_all_op_names()):
+    for full in sorted(all_op_names()):
         namespace, _, name = full.partition("::")
         if namespace != "aten":
             continue
@@ -132,7 +133,7 @@ def _called(state: str, generic: str) -> str:
 
 
 def _has(op: Any, keys: Iterable[str]) -> bool:
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in keys)
+    return any(has_kernel_for(op.name(), key) for key in keys)
 
 
 # -- the report ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.runs import run_forward, run_reverse
 from lamina_core import pytree
 from lamina_core.errors import TangentError
-from lamina_core.interpreter import mode_off
+from lamina_core.mode import mode_off
 
 __all__ = ["grad", "grad_and_value", "jvp", "value_and_grad", "vjp"]
 

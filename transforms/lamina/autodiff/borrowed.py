@@ -20,10 +20,11 @@ from lamina.autodiff import saved as _saved
 from lamina.autodiff.leaf import Home, LeafTensor, unbox
 from lamina.autodiff.operands import is_known
 from lamina.autodiff.saved import SavedApart, without_hooks
-from lamina_core.dispatch import map_tensors
 from lamina_core.errors import NotDifferentiableError, message
-from lamina_core.interpreter import mode_off
+from lamina_core.mode import mode_off
 from lamina_core.schema import OpFacts
+from lamina_core.tensors import map_tensors
+from lamina_core.torch_hooks.autograd import forward_enabled
 from lamina_core.wrapper import LevelTensor
 
 __all__ = ["borrowed_jvp", "borrowed_vjp"]
@@ -252,7 +253,7 @@ def borrowed_jvp(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
             without_hooks(),
             torch.no_grad(),
             forward_ad.dual_level(),
-            forward_ad._set_fwd_grad_enabled(True),
+            forward_enabled(True),
         ):
             duals = {
                 id(leaf): forward_ad.make_dual(leaf.detach(), home.wrap(tangent))

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina_core.errors import NotDifferentiableError, message
+from lamina_core.torch_hooks.autograd import replace_engine, run_engine
 from lamina_core.wrapper import LevelTensor
 
 __all__: list[str] = []
 
 _CLASSES = LevelTensor.classes
-_usual = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
 
 def _run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
     try:
-        return _usual(t_outputs, *args, **kwargs)
+        return run_engine(t_outputs, *args, **kwargs)
     except RuntimeError as error:
         # (grad_tensors, keep_graph, create_graph, inputs, ...), as the engine names them.
         inputs = args[3] if len(args) > 3 else ()
@@ -47,4 +45,4 @@ def _refusal(name: str, tensor: Any) -> NotDifferentiableError:
     )
 
 
-torch.autograd._engine_run_backward = _run_backward  # type: ignore[attr-defined]
+replace_engine(_run_backward)

@@ -10,7 +10,8 @@ from lamina.autodiff.checks import is_differentiable
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
-from lamina_core.interpreter import run_at, thread_mode
+from lamina_core.mode import thread_mode
+from lamina_core.scopes import run_at
 
 __all__ = ["values_of"]
 

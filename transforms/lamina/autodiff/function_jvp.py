@@ -24,7 +24,7 @@ from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import backward
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
-from lamina_core.interpreter import asleep, run_at
+from lamina_core.scopes import asleep, run_at
 from lamina_core.user_function import Meta, differentiated_twice
 from lamina_core.wrapper import strip_dead
 

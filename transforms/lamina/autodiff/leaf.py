@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from lamina_core.dispatch import lower, map_tensors
+from lamina_core.dispatch import lower
 from lamina_core.outer import BELOW_AUTOGRAD
 from lamina_core.schema import facts
-from lamina_core.wrapper import make_wrapper
+from lamina_core.tensors import map_tensors
+from lamina_core.torch_hooks.keys import ForceKeys, excluded_keys, included_keys
+from lamina_core.torch_hooks.tensors import make_wrapper, no_torch_function
 
 __all__ = ["Home", "LeafTensor", "unbox"]
 
-_C = torch._C
 _DETACH = torch.ops.aten.detach.default
-_OPEN_INCLUDE = _C._dispatch_tls_local_include_set()
+_OPEN_INCLUDE = included_keys()
 
 
 class LeafTensor(torch.Tensor):
@@ -26,7 +27,7 @@ class LeafTensor(torch.Tensor):
     value: Any
     home: Home
 
-    __torch_function__ = _C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -77,8 +78,8 @@ class Home:
     def capture(self) -> None:
         """Take the present dispatch keys and grad mode for those of the values."""
         self.grad_enabled = torch.is_grad_enabled()
-        self.include = _C._dispatch_tls_local_include_set()
-        self.exclude = _C._dispatch_tls_local_exclude_set()
+        self.include = included_keys()
+        self.exclude = excluded_keys()
         self.open_include = self.include | _OPEN_INCLUDE
         self.open_exclude = self.exclude - BELOW_AUTOGRAD
 
@@ -103,7 +104,7 @@ class Home:
     def lower(self, op: Any, args: Any, kwargs: Any) -> Any:
         """Run an op of the formula on the values, in the state they live in."""
         with (
-            _C._ForceDispatchKeyGuard(self.include, self.exclude),
+            ForceKeys(self.include, self.exclude),
             torch.set_grad_enabled(self.grad_enabled),
         ):
             values = tuple([map_tensors(_value, arg) for arg in args])
@@ -122,7 +123,7 @@ class Home:
 
     def open(self) -> Any:
         """A guard under which C++ autograd records what is done to leaves."""
-        return _C._ForceDispatchKeyGuard(self.open_include, self.open_exclude)
+        return ForceKeys(self.open_include, self.open_exclude)
 
 
 def unbox(tensor: Any) -> Any:

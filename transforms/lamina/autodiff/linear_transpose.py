@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lamina.autodiff.checks import is_differentiable, likes, match, need_differentiable
 from lamina.autodiff.function import _apply_vjp
@@ -29,9 +27,12 @@ from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.runs import ReverseRun, run_reverse
 from lamina.autodiff.tape import backward
 from lamina_core import pytree
-from lamina_core.dispatch import tensors_in
 from lamina_core.function import Applied, Custom, Needs, applying
-from lamina_core.interpreter import mode_off, run_at
+from lamina_core.mode import mode_off
+from lamina_core.scopes import run_at
+from lamina_core.tensors import tensors_in
+from lamina_core.torch_hooks.modes import disable_modes
+from lamina_core.torch_hooks.registry import FakeTensor
 from lamina_core.wrapper import plain_of
 
 __all__ = ["linear_transpose"]
@@ -207,5 +208,5 @@ def _all_zero(values: list[Any]) -> bool:
     plain = [plain_of(value) for value in values if is_differentiable(value)]
     if any(isinstance(tensor, FakeTensor) for tensor in plain):
         return True
-    with run_at(None), torch.no_grad(), _disable_current_modes():
+    with run_at(None), torch.no_grad(), disable_modes():
         return not any(bool((tensor.abs() > 0).any()) for tensor in plain)

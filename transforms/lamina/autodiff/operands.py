@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from lamina.decompose.table import decomposition_of
-from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, tensors_in, watched
-from lamina_core.interpreter import run_at
+from lamina_core.dispatch import lower, pass_down, watched
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
+from lamina_core.scopes import run_at
+from lamina_core.tensors import map_tensors, needs_guard, tensors_in
+from lamina_core.torch_hooks.registry import has_kernel, has_kernel_for
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = [
@@ -177,8 +179,7 @@ def derivative_state(table: RuleTable, op: Any) -> str:
 def is_known(op: Any) -> bool:
     """Whether PyTorch's autograd knows the op, if only as one whose result is constant."""
     name = op.name()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return torch._C._dispatch_has_kernel(name) and any(has_kernel(name, k) for k in _AUTOGRAD_KEYS)
+    return has_kernel(name) and any(has_kernel_for(name, key) for key in _AUTOGRAD_KEYS)
 
 
 _AUTOGRAD_KEYS = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd")

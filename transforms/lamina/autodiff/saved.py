@@ -26,19 +26,31 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import checkpoint
 
 from lamina.autodiff.leaf import LeafTensor
 from lamina.autodiff.swapped import in_place, present
-from lamina_core.interpreter import Interpreter, run_at, thread_mode
+from lamina_core.interpreter import Interpreter
+from lamina_core.mode import thread_mode
 from lamina_core.outer import BELOW_AUTOGRAD, OuterState
-from lamina_core.wrapper import LevelTensor, make_wrapper
+from lamina_core.scopes import run_at
+from lamina_core.torch_hooks.keys import ExcludeKeys
+from lamina_core.torch_hooks.modes import mode_count
+from lamina_core.torch_hooks.saving import (
+    GraphExecGroup,
+    checkpoint_hook,
+    graph_group,
+    pop_saved_hooks,
+    push_saved_hooks,
+    recomputation_hook,
+    set_graph_group,
+)
+from lamina_core.torch_hooks.tensors import make_wrapper
+from lamina_core.wrapper import LevelTensor
 
 __all__ = ["Packed", "SavedApart", "new_group", "pack", "without_hooks"]
 
-_C = torch._C
 _CLASSES = LevelTensor.classes
-_RECOMPUTING = (checkpoint._checkpoint_hook, checkpoint._recomputation_hook)
+_RECOMPUTING = (checkpoint_hook, recomputation_hook)
 Tensor = torch.Tensor
 
 active = 0  # how many hooks are entered in the process: all that a node looks at while it is 0
@@ -95,8 +107,8 @@ def _alive(top: Interpreter | None, outer: OuterState | None) -> Iterator[None]:
     for interpreter in dead:
         interpreter.alive = True
     try:
-        with _C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
-            mode.depth = _C._len_torch_dispatch_stack() + (not mode.is_on())
+        with ExcludeKeys(BELOW_AUTOGRAD):
+            mode.depth = mode_count() + (not mode.is_on())
             yield
     finally:
         mode.outer, mode.depth = saved
@@ -141,12 +153,12 @@ class Packed:
 
     def unpack(self, group: Any) -> Any:
         """The residuals; under one group a checkpointed function runs again only once."""
-        before = _C._get_graph_exec_group()
-        _C._set_graph_exec_group(group)
+        before = graph_group()
+        set_graph_group(group)
         try:
             return self._unpacked(self.items)
         finally:
-            _C._set_graph_exec_group(before)
+            set_graph_group(before)
 
     def _unpacked(self, item: Any) -> Any:
         if type(item) is tuple or type(item) is list:
@@ -207,17 +219,17 @@ def pack(residuals: Any) -> Any:
 
 def new_group() -> Any:
     """What tells the unpack hooks of checkpointing which calls belong to one pass."""
-    return checkpoint.GraphExecGroup()
+    return GraphExecGroup()
 
 
 @contextmanager
 def _replaced_hooks(pack_hook: Any, unpack_hook: Any) -> Iterator[None]:
     """Have C++ autograd call other hooks than those that are active."""
-    _C._autograd._push_saved_tensors_default_hooks(pack_hook, unpack_hook)
+    push_saved_hooks(pack_hook, unpack_hook)
     try:
         yield
     finally:
-        _C._autograd._pop_saved_tensors_default_hooks()
+        pop_saved_hooks()
 
 
 @contextmanager

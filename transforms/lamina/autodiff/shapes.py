@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from lamina_core.dispatch import needs_guard
-from lamina_core.interpreter import thread_mode
+from lamina_core.mode import thread_mode
+from lamina_core.tensors import needs_guard
+from lamina_core.torch_hooks.autograd import forward_ad
 from lamina_core.wrapper import plain_of
 
 __all__ = ["asked_outside", "count_of", "dims_of", "in_dtype", "keep_dims", "restored", "stand_in"]
@@ -20,7 +21,7 @@ def asked_outside(*values: Any) -> bool:
     """
     outer = thread_mode().outer
     enabled = torch.is_grad_enabled() if outer is None else outer.grad_enabled
-    if not enabled and torch.autograd.forward_ad._current_level < 0:
+    if not enabled and forward_ad._current_level < 0:
         return False
     return any(value is not None and needs_guard(plain_of(value)) for value in values)
 

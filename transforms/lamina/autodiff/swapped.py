@@ -13,7 +13,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.stateless import _reparametrize_module
+
+from lamina_core.torch_hooks.modules import with_tensors
 
 __all__ = ["Swap", "in_place", "present", "swapping"]
 
@@ -57,7 +58,7 @@ def in_place(swaps: Sequence[Swap]) -> Iterator[None]:
     with ExitStack() as stack:
         for swap in swaps:
             stack.enter_context(
-                _reparametrize_module(
+                with_tensors(
                     swap.module,
                     dict(swap.tensors),
                     tie_weights=swap.tie_weights,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lamina.autodiff.tape import Node
-from lamina_core.wrapper import LevelTensor, box, make_wrapper
+from lamina_core.torch_hooks.tensors import make_wrapper
+from lamina_core.wrapper import LevelTensor, box
 
 __all__ = ["DualTensor", "TrackedTensor", "dual", "dual_like", "track", "track_like"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lamina_core.errors import EscapedTensorError, message
-from lamina_core.wrapper import LevelTensor, box, make_wrapper
+from lamina_core.torch_hooks.tensors import make_wrapper
+from lamina_core.wrapper import LevelTensor, box
 
 __all__ = ["BatchedTensor", "wrap", "wrap_like"]
 

@@ -12,9 +12,10 @@ import torch
 from lamina.batching.batched import BatchedTensor, wrap, wrap_like
 from lamina.batching.dims import pad_rank
 from lamina.batching.operands import pass_unbatched
-from lamina_core.dispatch import call_one, call_two, needs_guard, watched
+from lamina_core.dispatch import call_one, call_two, watched
 from lamina_core.handlers import Handler
 from lamina_core.schema import OpFacts
+from lamina_core.tensors import needs_guard
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = ["elementwise_handler"]

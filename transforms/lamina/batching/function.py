@@ -9,10 +9,10 @@ import torch
 
 from lamina.batching.interpreter import VmapInterpreter
 from lamina.batching.user_ops import wrap_answer
-from lamina_core.dispatch import map_tensors
 from lamina_core.errors import RandomnessError, RuleError
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying, skipping
-from lamina_core.interpreter import asleep, run_at
+from lamina_core.scopes import asleep, run_at
+from lamina_core.tensors import map_tensors
 
 __all__ = ["VmapInfo"]
 

@@ -8,8 +8,9 @@ import torch
 
 from lamina.batching.batched import BatchedTensor
 from lamina_core.alias import record_views
-from lamina_core.dispatch import lower, map_tensors, needs_guard, pass_down, tensors_in
+from lamina_core.dispatch import lower, pass_down
 from lamina_core.schema import OpFacts, facts
+from lamina_core.tensors import map_tensors, needs_guard, tensors_in
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = ["pass_unbatched", "unwrap"]

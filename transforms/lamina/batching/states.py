@@ -9,6 +9,7 @@ import torch
 from lamina.batching.table import RULES
 from lamina.decompose.table import decomposition_of
 from lamina_core.schema import OpFacts, facts
+from lamina_core.torch_hooks.registry import decompositions
 
 __all__ = [
     "decomposition_under_vmap",
@@ -75,7 +76,7 @@ def decomposition_under_vmap(op: Any) -> Any:
         return ours
     if facts(op).is_composite:
         return op.decompose
-    found = torch._decomp.decomposition_table.get(op)
+    found = decompositions.get(op)
     return None if found is None or found.__module__.startswith("torch._refs") else found
 
 

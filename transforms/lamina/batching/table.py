@@ -7,8 +7,9 @@ from typing import Any
 
 from lamina.batching.batched import wrap
 from lamina_core.dispatch import lower
-from lamina_core.interpreter import Interpreter, run_at
+from lamina_core.interpreter import Interpreter
 from lamina_core.rules import RuleTable
+from lamina_core.scopes import run_at
 
 __all__ = ["RULES", "Info", "batching_rule", "decomposition"]
 

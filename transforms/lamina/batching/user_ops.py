@@ -23,8 +23,9 @@ from lamina_core.alias import mutate_copies
 from lamina_core.dispatch import watched
 from lamina_core.errors import RuleError
 from lamina_core.handlers import Handler
-from lamina_core.interpreter import run_at
 from lamina_core.schema import OpFacts, facts
+from lamina_core.scopes import run_at
+from lamina_core.torch_hooks.registry import OpOverload, custom_ops, has_kernel_for
 
 __all__ = ["registered_rule", "resolve", "state_of", "wrap_answer"]
 
@@ -44,7 +45,7 @@ def _registering(op: Any, func: Rule | None = None, /, *, lib: Any = None) -> An
     if func is None:
         return lambda rule: _registering(op, rule, lib=lib)
     answer = _register_vmap(op, func, lib=lib)
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, OpOverload):
         _remembered[op.name()] = func
     elif isinstance(op, str):
         _remembered[op.removesuffix(".default")] = func
@@ -57,11 +58,11 @@ torch.library.register_vmap = _registering
 def registered_rule(op: Any) -> Rule | None:
     """The rule that a user registered for an op with PyTorch, or None."""
     name = op.name()
-    definition = torch._library.custom_ops.OPDEFS.get(name)
+    definition = custom_ops.get(name)
     if definition is not None:
         return definition._vmap_fn
     # An op may be gone, with its library, and another have taken its name.
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "FuncTorchBatched")
+    has_kernel = has_kernel_for(name, "FuncTorchBatched")
     return _remembered.get(name) if has_kernel else None
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lamina_core import pytree
+from lamina_core.torch_hooks.keys import DispatchKey, SetExcluded
 
 __all__ = ["DROP", "Call", "Kept", "Offload", "storage_of"]
 
@@ -83,8 +84,8 @@ class Kept:
 
 def _shared(tensor: Any) -> Any:
     """Another tensor on the same memory, which counts the same writes and has no graph."""
-    key = torch._C.DispatchKey.ADInplaceOrView  # a detach below it would count for itself
-    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.no_grad():
+    key = DispatchKey.ADInplaceOrView  # a detach below it would count for itself
+    with SetExcluded(key, False), torch.no_grad():
         return tensor.detach()
 
 

@@ -26,14 +26,15 @@ from typing import Any
 
 import torch
 from torch.utils import checkpoint as _torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamina.checkpointing.kept import DROP, Call, Kept, Offload, storage_of
 from lamina_core import pytree
 from lamina_core.debug import calling_line
-from lamina_core.dispatch import tensors_in
-from lamina_core.interpreter import mode_off, run_at, thread_mode
+from lamina_core.mode import mode_off, thread_mode
 from lamina_core.schema import OpFacts, facts
+from lamina_core.scopes import run_at
+from lamina_core.tensors import tensors_in
+from lamina_core.torch_hooks.modes import DispatchMode, pop_mode, push_mode
 from lamina_core.wrapper import LevelTensor, plain_of
 
 __all__ = [
@@ -45,7 +46,6 @@ __all__ = [
     "checkpoint_name",
 ]
 
-_C = torch._C
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
 # The folder of the package, whose lines are not the user's.
@@ -237,7 +237,7 @@ class Region:
             self.kept[call.key] = Kept(call, out, how)
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(DispatchMode):
     """Tells the calls of one run apart."""
 
     def __init__(self, region: Region) -> None:
@@ -255,11 +255,11 @@ class _Counting(TorchDispatchMode):
             out = self.run(func, args, kwargs)
             self.made |= {storage_of(tensor) for tensor in tensors_in((out,), {})} - given
             return out
-        _C._push_on_torch_dispatch_stack(self)  # torch has taken it off for this handler
+        push_mode(self)  # torch has taken it off for this handler
         try:
             return LevelTensor.__torch_dispatch__(func, types, args, kwargs)
         finally:
-            _C._pop_torch_dispatch_stack(None)
+            pop_mode(None)
 
     def run(self, op: Any, args: Any, kwargs: Any) -> Any:
         """Run an op on plain tensors."""
@@ -316,9 +316,9 @@ class _Again(_Counting):
 class _Below:
     """Enter a fresh dispatch mode under that of the levels, where it sees what they end in."""
 
-    def __init__(self, make: Callable[[], TorchDispatchMode]) -> None:
+    def __init__(self, make: Callable[[], DispatchMode]) -> None:
         self.make = make
-        self.entered: list[tuple[TorchDispatchMode, bool]] = []
+        self.entered: list[tuple[DispatchMode, bool]] = []
 
     def __enter__(self) -> None:
         mode = self.make()

@@ -21,9 +21,9 @@ from lamina.checkpointing.rematerialise import HOME, Recording
 from lamina_core import pytree
 from lamina_core.config import tensor_summary
 from lamina_core.debug import calling_line
-from lamina_core.dispatch import tensors_in
-from lamina_core.interpreter import thread_mode
+from lamina_core.mode import thread_mode
 from lamina_core.schema import facts
+from lamina_core.tensors import tensors_in
 from lamina_core.wrapper import plain_of
 
 __all__ = ["Residual", "print_saved_residuals", "saved_residuals"]

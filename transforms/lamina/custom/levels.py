@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from lamina_core.dispatch import map_tensors, tensors_in
 from lamina_core.errors import CapturedTensorError, NotDifferentiableError, message
-from lamina_core.interpreter import Interpreter, thread_mode
+from lamina_core.interpreter import Interpreter
+from lamina_core.mode import thread_mode
+from lamina_core.tensors import map_tensors, tensors_in
+from lamina_core.torch_hooks.autograd import forward_ad
 from lamina_core.wrapper import LevelTensor, level_of
 
 __all__ = ["GROUND", "constants", "derivative_levels", "levels_of", "need_made", "watching"]
@@ -72,7 +74,7 @@ def levels_of(name: str, tensors: Iterable[Any]) -> list[Any]:
     for tensor in tensors:
         for owner in derivative_levels(tensor):
             found[owner.level] = owner
-        if torch.autograd.forward_ad._current_level >= 0 and type(tensor) not in _CLASSES:
+        if forward_ad._current_level >= 0 and type(tensor) not in _CLASSES:
             _refuse_dual(name, tensor)
     return [found[level] for level in sorted(found, reverse=True)]
 

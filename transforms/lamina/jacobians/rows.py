@@ -26,7 +26,7 @@ import torch
 
 from lamina.batching.api import vmap
 from lamina_core import pytree
-from lamina_core.interpreter import run_at
+from lamina_core.scopes import run_at
 
 __all__ = ["Rows", "Wirtinger", "as_tree", "map_rows"]
 

@@ -13,6 +13,7 @@ import torch
 
 from lamina.batching.table import decomposition
 from lamina_core.schema import facts
+from lamina_core.torch_hooks.registry import all_op_names
 
 __all__: list[str] = []
 
@@ -59,7 +60,7 @@ def _register(op: Any) -> None:
 
 def _overloads() -> list[Any]:
     prefix = "aten::_foreach_"
-    names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix))
+    names = sorted(n for n in all_op_names() if n.startswith(prefix))
     found = []
     for full in names:
         base, _, overload = full.removeprefix("aten::").partition(".")

@@ -1,0 +1,74 @@
+"""`Level`: what a wrapper must know of the interpreter that made it.
+
+It is the ground floor of the core: an `Interpreter` is a level that can be entered and left, and
+wrappers, modes and scopes need no more of it than what is written here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lamina_core.errors import message
+
+__all__ = ["Level"]
+
+
+class Level:
+    """One level of the interpreter stack, as those see it who only meet it.
+
+    Attributes:
+        level: Depth on the stack, 1 for the outermost; 0 before it is pushed.
+        below: The next lower level, or None.
+        alive: False once it has been popped; its wrappers are then dead.
+        grad_enabled: False while a level above was pushed under `torch.no_grad()`.
+        mutated: Whether a wrapper of this level has been rebound by a write, so that views have to
+            be checked for staleness when they are met.
+        watch: Whether a plain tensor that requires grad has been met at this level.
+        keeps_below: Whether a level below keeps old values.
+        asleep: The function whose rule runs below, see `lamina_core.scopes.asleep`.
+    """
+
+    # The class of the wrappers.
+    wrapper: ClassVar[Any]
+    # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
+    keeps_values: ClassVar[bool] = False
+
+    # Class-level defaults: a call pushes a level, and most levels never change these.
+    level: int = 0
+    below: Any = None
+    alive: bool = True
+    grad_enabled: bool = True
+    mutated: bool = False
+    watch: bool = False
+    keeps_below: bool = False
+    asleep: str | None = None
+    # Told `(name, outputs)` of each function with rules of its own that is applied at this level.
+    observer: Any = None
+
+    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Say what `op` means at this level; called for every op that reaches it."""
+        raise NotImplementedError
+
+    def is_constant(self, wrapper: Any) -> bool:
+        """Whether a wrapper of this level carries nothing but its value."""
+        raise NotImplementedError
+
+    def rebind(self, target: Any, new: Any) -> None:
+        """Make `target` stand for what `new` stands for (the end of an in-place write)."""
+        raise NotImplementedError
+
+    def is_own(self, value: Any) -> bool:
+        """Whether `value` is a wrapper of this very level."""
+        return type(value) is self.wrapper and value.interpreter is self
+
+    def path(self) -> list[Any]:
+        """This level and those below it, outermost first."""
+        return ([] if self.below is None else self.below.path()) + [self]
+
+    def where(self) -> str:
+        """The line of an error message that says at which level and transform it happened."""
+        return f"while interpreting at level {self.level}: {self}"
+
+    def error(self, kind: type[Exception], what: str, *lines: str) -> Exception:
+        """Build an error whose second line says where it happened."""
+        return kind(message(what, self.where(), *lines))

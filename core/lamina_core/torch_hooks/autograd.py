@@ -1,0 +1,33 @@
+"""The state of C++ autograd: is it on, is a forward level of PyTorch's own active, who runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from lamina_core.torch_hooks.doors import door
+
+__all__ = [
+    "forward_ad",
+    "forward_enabled",
+    "replace_engine",
+    "run_engine",
+    "set_grad_enabled",
+]
+
+# `torch.set_grad_enabled` does the same through a context manager, at three times the price.
+set_grad_enabled = door("torch._C._set_grad_enabled", "the grad mode of the caller")
+
+# Read as `forward_ad._current_level`, as a function around it would cost each op 60 ns.
+door("torch.autograd.forward_ad._current_level", "whether the caller differentiates forward")
+forward_enabled = door("torch.autograd.forward_ad._set_fwd_grad_enabled", "borrowed tangents")
+
+# Every call of the engine passes through this function, looked up by name each time.
+run_engine = door("torch.autograd._engine_run_backward", "errors for tensors of a transform")
+
+
+def replace_engine(replacement: Any) -> None:
+    """Have `torch.autograd.grad` and `.backward()` call something else than `run_engine`."""
+    torch.autograd._engine_run_backward = replacement  # type: ignore[attr-defined]

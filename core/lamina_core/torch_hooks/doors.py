@@ -1,0 +1,126 @@
+"""`door`: a private part of torch, found or clearly missed; `proof`: a use of it, tried.
+
+A name that torch no longer has is an error at import, and so is a door that is there but leads
+nowhere: the proofs run when `lamina` is imported, and again in `python -m lamina.doctor`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from lamina_core.errors import TorchHookError, message
+
+__all__ = ["DOORS", "Proof", "door", "proof", "prove", "require_proofs"]
+
+# The doors that have been opened: dotted name -> what for.
+DOORS: dict[str, str] = {}
+
+
+def door(path: str, reason: str) -> Any:
+    """What torch has under a dotted name.
+
+    Args:
+        path: The name, from `torch` on.
+        reason: What Lamina needs it for.
+
+    Raises:
+        TorchHookError: If torch has nothing of that name.
+
+    Example:
+        >>> door("torch._C._len_torch_dispatch_stack", "an example")()
+        0
+    """
+    DOORS[path] = reason
+    found: Any = torch
+    for name in path.split(".")[1:]:
+        found = getattr(found, name, None)
+        if found is None:
+            raise TorchHookError(_missing(path, reason))
+    return found
+
+
+def _missing(path: str, reason: str) -> str:
+    return message(
+        f"torch {torch.__version__} has no {path}, on which Lamina stands",
+        f"it is needed for: {reason}",
+        _WAY_OUT,
+    )
+
+
+_WAY_OUT = (
+    "to fix: install a version of torch that Lamina has been tested with (its README has the "
+    "table); `python -m lamina.doctor` says more"
+)
+
+
+class Proof(NamedTuple):
+    """What came of trying a door.
+
+    Attributes:
+        name: What was tried.
+        reason: What Lamina needs it for.
+        ok: Whether it did what it has to.
+        detail: What went wrong; empty if nothing did.
+    """
+
+    name: str
+    reason: str
+    ok: bool
+    detail: str
+
+
+_PROOFS: list[tuple[str, str, Callable[[], None]]] = []
+
+
+def proof(name: str, reason: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Register a function that uses a door and raises unless it leads where it has to."""
+
+    def register(check: Callable[[], None]) -> Callable[[], None]:
+        _PROOFS.append((name, reason, check))
+        return check
+
+    return register
+
+
+def prove() -> list[Proof]:
+    """Try every door: a few milliseconds, in a thread that nothing of the caller's reaches.
+
+    Modes, guards and defaults belong to a thread, and an import may be met inside any of them.
+    """
+    found: list[Proof] = []
+
+    def run() -> None:
+        for name, reason, check in _PROOFS:
+            try:
+                check()
+            except Exception as error:  # whatever it is, the door does not lead where it has to
+                found.append(Proof(name, reason, False, f"{type(error).__name__}: {error}"))
+            else:
+                found.append(Proof(name, reason, True, ""))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found
+
+
+def require_proofs() -> None:
+    """Raise for the first door that leads nowhere.
+
+    Raises:
+        TorchHookError: If there is one.
+    """
+    for name, reason, ok, detail in prove():
+        if not ok:
+            raise TorchHookError(
+                message(
+                    f"torch {torch.__version__} is not hooked: {name}",
+                    f"it is needed for: {reason}",
+                    f"found: {detail}",
+                    _WAY_OUT,
+                )
+            )

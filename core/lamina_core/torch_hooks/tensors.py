@@ -1,0 +1,13 @@
+"""Tensors without storage, and what can be asked of memory."""
+
+from __future__ import annotations
+
+from lamina_core.torch_hooks.doors import door
+
+__all__ = ["is_alias_of", "make_wrapper", "no_torch_function"]
+
+make_wrapper = door("torch.Tensor._make_wrapper_subclass", "wrappers: tensors without storage")
+no_torch_function = door(
+    "torch._C._disabled_torch_function_impl", "ops on wrappers reach dispatch unseen"
+)
+is_alias_of = door("torch._C._is_alias_of", "whether an op gave a view or a copy")

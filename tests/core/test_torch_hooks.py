@@ -1,0 +1,220 @@
+"""Hooks into torch's private parts: each is missed clearly when it is gone, or leads nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+import lamina_core.dispatch
+import lamina_core.mode
+import lamina_core.wrapper
+from lamina import grad, vmap
+from lamina_core.errors import TorchHookError
+from lamina_core.torch_hooks import doors
+from lamina_core.torch_hooks.autograd import replace_engine, run_engine
+from lamina_core.torch_hooks.doors import DOORS, door, prove, require_proofs
+from lamina_core.torch_hooks.functions import USUAL_APPLY
+from lamina_core.wrapper import LevelTensor
+
+WITHOUT_EACH = """
+import importlib, json, os, sys, torch
+import torch.utils.checkpoint, torch.autograd.forward_ad, torch._subclasses, torch._decomp
+import torch.nn.utils.stateless
+
+def attempt(path):
+    *home, name = path.split(".")
+    owner = torch
+    for part in home[1:]:
+        owner = getattr(owner, part)
+    setattr(owner, name, None)
+    try:
+        import lamina
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return "imported"
+
+for path in json.loads(sys.argv[1]):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, attempt(path).encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        print(json.dumps([path, answer.read()]), flush=True)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_torch_no_longer_has_is_an_error_at_import():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EACH, json.dumps(sorted(DOORS))],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    answers = dict(json.loads(line) for line in run.stdout.splitlines())
+    assert set(answers) == set(DOORS)
+    for path, answer in answers.items():
+        assert answer.startswith("TorchHookError: "), (path, answer)
+        assert f"has no {path}, on which Lamina stands" in answer
+        assert DOORS[path] in answer
+
+
+def test_what_is_missed_is_named_with_its_reason_and_the_way_out():
+    with pytest.raises(TorchHookError) as caught:
+        door("torch._C._no_such_thing", "an example")
+    del DOORS["torch._C._no_such_thing"]
+    text = str(caught.value)
+    assert "has no torch._C._no_such_thing" in text
+    assert "it is needed for: an example" in text
+    assert "python -m lamina.doctor" in text
+
+
+def failing():
+    return {found.name for found in prove() if not found.ok}
+
+
+def test_all_is_well():
+    assert failing() == set()
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "meta"],
+)
+def test_proofs_do_not_depend_on_where_the_import_is_met(around):
+    with around:
+        assert failing() == set()
+
+
+def test_a_function_door_that_is_not_reached(monkeypatch):
+    of_c = not isinstance(USUAL_APPLY, classmethod)
+    owner = torch.autograd.Function if of_c else torch.autograd.function._SingleLevelFunction
+    ours = owner.__dict__["apply"]
+    if of_c:
+        monkeypatch.setattr(owner, "apply", USUAL_APPLY)
+        monkeypatch.delattr(torch.autograd.function.FunctionMeta, "_backward_cls")
+        monkeypatch.setattr("lamina.proofs._Through", new_function("_Through"))
+    else:
+        monkeypatch.delattr(owner, "apply")
+    try:
+        assert "torch.autograd.Function" in failing()
+        with pytest.raises(TorchHookError, match=r"is not hooked: torch\.autograd\.Function"):
+            require_proofs()
+    finally:
+        owner.apply = ours
+
+
+def new_function(name):
+    def forward(ctx, x):
+        return x.round()
+
+    def backward(ctx, ct):
+        return ct
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+def test_an_engine_that_is_not_ours():
+    ours = torch.autograd._engine_run_backward
+    replace_engine(run_engine)
+    try:
+        assert failing() == {"the engine of autograd"}
+    finally:
+        replace_engine(ours)
+
+
+def test_saved_tensor_hooks_that_nobody_hears_of(monkeypatch):
+    monkeypatch.setattr(saved_tensors_hooks, "__enter__", saved_tensors_hooks.__enter__.__wrapped__)
+    monkeypatch.setattr(saved_tensors_hooks, "__exit__", saved_tensors_hooks.__exit__.__wrapped__)
+    assert failing() == {"saved-tensor hooks", "torch.utils.checkpoint"}
+
+
+def test_memory_that_is_handed_out(monkeypatch):
+    monkeypatch.delattr(LevelTensor, "__dlpack__")
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", lambda self: None)
+    assert failing() == {"memory"}
+
+
+def test_conjugates_that_handlers_do_not_see(monkeypatch):
+    for module in (lamina_core.mode, lamina_core.wrapper):
+        monkeypatch.setattr(module, "set_excluded", lambda key, value: None)
+    assert failing() == {"lazy conjugates"}
+
+
+def test_autocast_that_stops_at_composite_ops(monkeypatch):
+    monkeypatch.setattr(lamina_core.dispatch, "autocast_keys", lambda: None)
+    monkeypatch.setattr("lamina_core.scopes.autocast_keys", lambda: None)
+    assert "autocast" in failing()
+
+
+def test_a_proof_that_fails_says_what_was_found(monkeypatch):
+    def check():
+        raise AssertionError("3 where 2 is right")
+
+    monkeypatch.setattr(doors, "_PROOFS", [("a door", "an example", check)])
+    with pytest.raises(TorchHookError) as caught:
+        require_proofs()
+    assert "is not hooked: a door" in str(caught.value)
+    assert "found: AssertionError: 3 where 2 is right" in str(caught.value)
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, ct):
+        return -ctx.factor * ct, None
+
+
+class ReverseInTwoSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(x, factor=2.0):
+        return x.clone(), x * factor
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, ct, other):
+        return ctx.factor * (other - ct), None
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_an_apply_that_was_stored_before_the_import(outside):
+    """Also where a plain argument requires grad, and C++ would like to add a graph of its own."""
+    one, two = (USUAL_APPLY.__get__(None, cls) for cls in (Reverse, ReverseInTwoSteps))
+    x = torch.randn(3, dtype=torch.float64)
+    w = torch.randn(3, dtype=torch.float64, requires_grad=outside)
+    assert grad(lambda x: one(x * w, 3.0).sum())(x).tolist() == (-3.0 * w).tolist()
+    assert vmap(grad(lambda x: two(x, 5.0)[0]))(x).tolist() == [-5.0] * 3
+    assert grad(lambda x: sum(two(x)).sum())(x).tolist() == [0.0] * 3
+    if outside:
+        vmap(lambda x: one(w, 3.0) * x)(x).sum().backward()
+        assert w.grad.tolist() == pytest.approx([-3.0 * x.sum().item()] * 3)
+        torch.manual_seed(0)
+        assert (
+            grad(lambda x: grad(lambda y: one(y * w, 2.0).sum())(x).sum())(x).tolist() == [0.0] * 3
+        )
+    leaf = x.clone().requires_grad_()
+    one(leaf, 3.0).sum().backward()
+    assert leaf.grad.tolist() == [-3.0] * 3
