@@ -165,21 +165,23 @@ def watched(
         # Under no_grad around the transforms nobody outside asks, and the guard would switch off
         # this level as well, whose handler looks at the same flag.
         return handler(interpreter, op, args, kwargs)
-    own: list[Any] = []
+    own: list[tuple[Any, str]] = []
     guarded = False
     highest: Interpreter | None = None
     for tensor in tensors_in(args, kwargs):
         mine = interpreter.is_own(tensor)
-        value = tensor.value if mine else tensor
-        if type(value) in _CLASSES:
-            if value.interpreter.alive and (
-                highest is None or value.interpreter.level > highest.level
-            ):
-                highest = value.interpreter
-        elif needs_guard(value):
-            guarded = True
-            if mine:
-                own.append(tensor)
+        held = tensor.holds if mine else ("",)
+        for name in held:
+            value = getattr(tensor, name) if name else tensor
+            if type(value) in _CLASSES:
+                if value.interpreter.alive and (
+                    highest is None or value.interpreter.level > highest.level
+                ):
+                    highest = value.interpreter
+            elif isinstance(value, Tensor) and needs_guard(value):
+                guarded = True
+                if mine:
+                    own.append((tensor, name))
     if not guarded:
         return handler(interpreter, op, args, kwargs)
     if highest is None:
@@ -194,8 +196,8 @@ def watched(
         wrapped.is_input = True
         return wrapped
 
-    for wrapper in own:
-        wrapper.value = lift(wrapper.value)
+    for wrapper, name in own:
+        setattr(wrapper, name, lift(getattr(wrapper, name)))
     args = tuple([map_tensors(lift, arg) for arg in args])
     kwargs = {key: map_tensors(lift, value) for key, value in kwargs.items()}
     return handler(interpreter, op, args, kwargs)

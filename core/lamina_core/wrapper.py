@@ -59,6 +59,9 @@ class LevelTensor(torch.Tensor):
     reshaped: int = 0
     is_input: bool = False
 
+    # The slots that hold values of lower levels, for those who look through a wrapper.
+    holds: ClassVar[tuple[str, ...]] = ("value",)
+
     classes: ClassVar[set[type]] = set()
 
     # The ops of a wrapper are seen below, in `__torch_dispatch__`; nothing happens at this door.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lamina import grad, jvp, vjp, vmap
+from lamina import grad, hvp, jvp, linear_transpose, linearize, vhp, vjp, vmap
 
 DOUBLE = torch.float64
 X = torch.linspace(-4.1, 4.2, 24, dtype=DOUBLE).reshape(2, 4, 3).sin() * 2.3
@@ -77,3 +77,39 @@ def test_under_no_grad_the_fused_ops_are_used():
     with torch.no_grad(), Watch():
         grad(lambda x: F.silu(x).sum())(x)
     assert torch.ops.aten.silu_backward.default in seen
+
+
+DIRECTIONS = {
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "jvp(jvp)": lambda f, x, v: jvp(lambda x: jvp(f, (x,), (v,))[1], (x,), (v.sin(),))[1],
+    "jvp(grad)": lambda f, x, v: jvp(grad(lambda x: f(x).sin().sum()), (x,), (v,))[1],
+    "jvp(vmap)": lambda f, x, v: jvp(vmap(f), (x,), (v,))[1],
+    "vmap(jvp)": lambda f, x, v: vmap(lambda v: jvp(f, (x[0],), (v,))[1])(v),
+    "vjp": lambda f, x, v: vjp(f, x)[1](v)[0],
+    "vmap(vjp)": lambda f, x, v: vmap(lambda v: vjp(f, x[0])[1](v)[0])(v),
+    "vjp(vmap)": lambda f, x, v: vjp(vmap(f), x)[1](v)[0],
+    "jvp(vjp)": lambda f, x, v: jvp(lambda x: vjp(f, x)[1](v)[0], (x,), (x,))[1],
+    "linearize": lambda f, x, v: linearize(f, x)[1](v),
+    "linearize(vmap)": lambda f, x, v: linearize(vmap(f), x)[1](v),
+    "vmap(linearize)": lambda f, x, v: vmap(lambda v: linearize(f, x[0])[1](v))(v),
+    "hvp": lambda f, x, v: hvp(lambda x: f(x).sin().sum(), (x,), (v,))[1][0],
+    "vhp": lambda f, x, v: vhp(lambda x: f(x).sin().sum(), (x,), (v,))[1][0],
+    "linear_transpose": lambda f, x, v: linear_transpose(lambda x: x * 2, x)(v)[0],
+}
+
+
+@pytest.mark.parametrize("transform", DIRECTIONS)
+def test_backward_to_a_direction_at_a_point_that_needs_none(transform):
+    def f(x):
+        return x.sin() * x.exp().cumsum(-1)
+
+    def value(v):
+        out = DIRECTIONS[transform](f, X[0], v)
+        return (out * torch.linspace(-1, 1, out.numel(), dtype=DOUBLE).reshape(out.shape)).sum()
+
+    leaf = TANGENT[0].clone().requires_grad_()
+    (found,) = torch.autograd.grad(value(leaf), leaf)
+    weights = torch.linspace(1, 2, leaf.numel(), dtype=DOUBLE).reshape(leaf.shape)
+    step = 1e-4
+    slope = (value(TANGENT[0] + step * weights) - value(TANGENT[0] - step * weights)) / (2 * step)
+    torch.testing.assert_close((found * weights).sum(), slope, rtol=1e-6, atol=1e-6)

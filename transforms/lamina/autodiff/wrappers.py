@@ -42,6 +42,7 @@ class DualTensor(LevelTensor):
     """A primal (`value`) and a tangent of the same shape; None is the zero tangent."""
 
     __slots__ = ("logical", "strides", "tangent")
+    holds = ("value", "tangent")
 
     tangent: Any
     logical: Any
