@@ -7,6 +7,7 @@ and what to do instead, one per line. `message` joins the lines.
 from __future__ import annotations
 
 __all__ = [
+    "AbsentOpError",
     "BatchSizeError",
     "CapturedTensorError",
     "DataDependentError",
@@ -230,6 +231,21 @@ class EscapedTensorError(LaminaError, RuntimeError):
           escaped from level 1: vmap(batch_size=2, randomness='error')
           to fix: return the tensor from the mapped function instead of storing it
         >>> x, doubled = vmap(lambda x: (x, x * 2))(torch.ones(2, 3))
+    """
+
+
+class AbsentOpError(LaminaError, NotImplementedError):
+    """An op that the running version of torch does not have was called by its own name.
+
+    Rules name ops of several versions: see `lamina_core.overloads`.
+
+    Example:
+        >>> from lamina_core.overloads import aten
+        >>> aten.an_op_of_the_future.default(1.0)
+        Traceback (most recent call last):
+            ...
+        lamina_core.errors.AbsentOpError: torch ... has no op aten.an_op_of_the_future.default
+          to fix: use what took its place in this version, or a torch that has the op
     """
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina_core.errors import RuleError, message
+from lamina_core.overloads import is_absent
 from lamina_core.torch_hooks.registry import OpOverload
 
 __all__ = ["STATES", "Rule", "RuleTable"]
@@ -36,8 +37,14 @@ class Rule:
 class RuleTable:
     """Rules by overload.
 
+    A rule for an op that the running torch lacks (`lamina_core.overloads`) is noted in `absent` and
+    serves nothing.
+
     Args:
         transform: The name that messages use, such as "batching".
+
+    Attributes:
+        absent: The rules whose op the running torch does not have.
 
     Raises:
         RuleError: On registration for something that is no `OpOverload`, or twice for one.
@@ -54,11 +61,12 @@ class RuleTable:
 
     def __init__(self, transform: str) -> None:
         self.transform = transform
+        self.absent: list[Rule] = []
         self._rules: dict[int, Rule] = {}
 
     def register(self, op: Any, function: Callable[..., Any], *, state: str = "rule") -> None:
         """Add the rule of one overload."""
-        if not isinstance(op, OpOverload):
+        if not isinstance(op, OpOverload) and not is_absent(op):
             raise RuleError(
                 message(
                     f"a {self.transform} rule is registered for an OpOverload",
@@ -67,7 +75,7 @@ class RuleTable:
                 )
             )
         owner = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
-        known = self._rules.get(id(op))
+        known = self._of(op)
         if known is not None:
             raise RuleError(
                 message(
@@ -77,7 +85,17 @@ class RuleTable:
                     "to fix: keep one of the two",
                 )
             )
-        self._rules[id(op)] = Rule(op, function, state, owner)
+        rule = Rule(op, function, state, owner)
+        if is_absent(op):
+            self.absent.append(rule)
+        else:
+            self._rules[id(op)] = rule
+
+    def _of(self, op: Any) -> Rule | None:
+        """The registered rule of an overload, be it absent or not."""
+        if is_absent(op):
+            return next((rule for rule in self.absent if rule.op is op), None)
+        return self._rules.get(id(op))
 
     def lookup(self, op: Any) -> Rule | None:
         """The rule of an overload, or None."""

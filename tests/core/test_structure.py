@@ -27,6 +27,7 @@ RULES_MAY_IMPORT = {
         "lamina.batching.rules",
         "lamina_core.dispatch",
         "lamina_core.errors",
+        "lamina_core.overloads",
         "lamina_core.schema",
         "lamina_core.torch_hooks.registry",
     },
@@ -36,6 +37,7 @@ RULES_MAY_IMPORT = {
         "lamina.autodiff.rules",
         "lamina_core.dispatch",
         "lamina_core.errors",
+        "lamina_core.overloads",
         "lamina_core.schema",
     },
 }

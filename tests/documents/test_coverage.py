@@ -14,8 +14,11 @@ import torch
 
 from lamina import coverage
 from lamina.autodiff import forward, reverse
+from lamina.autodiff.declare import FORWARD
 from lamina.batching import user_ops
-from lamina_core.rules import STATES
+from lamina.batching.table import RULES
+from lamina_core.overloads import aten
+from lamina_core.rules import STATES, Rule
 from lamina_core.schema import facts
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +129,15 @@ def test_the_counts_add_up(table):
             state: counts[state] for state, *_ in lines
         }
         assert sum(counts.values()) == len(table)
+
+
+def test_rules_for_ops_of_other_versions_are_listed(table, monkeypatch):
+    added = [(RULES, "vmap"), (FORWARD, "jvp")]
+    for rules, _ in added:
+        gone = Rule(aten.of_the_future.default, abs, "rule", "builtins.abs")
+        monkeypatch.setattr(rules, "absent", [*rules.absent, gone])
+    assert coverage.absent()["of_the_future.default"] == ["vmap", "jvp"]
+    assert "of_the_future.default (vmap, jvp)" in coverage.summary(table).splitlines()[-1]
 
 
 def test_known_rows(table):

@@ -21,14 +21,16 @@ from typing import Any
 
 import torch
 
+from lamina.autodiff.declare import FORWARD, REVERSE
 from lamina.autodiff.forward import state_of as jvp_state
 from lamina.autodiff.reverse import state_of as vjp_state
+from lamina.batching.table import RULES
 from lamina.batching.user_ops import state_of as vmap_state
 from lamina_core.rules import STATES
 from lamina_core.schema import facts
 from lamina_core.torch_hooks.registry import all_op_names, has_kernel_for
 
-__all__ = ["Row", "report", "rows"]
+__all__ = ["Row", "absent", "report", "rows"]
 
 _INTRODUCTION = """\
 What a function calls reaches a transform as ops of ATen, PyTorch's library of kernels. An op has
@@ -101,6 +103,15 @@ def rows() -> list[Row]:
     return [_row(op) for op in _overloads()]
 
 
+def absent() -> dict[str, list[str]]:
+    """The ops with rules that the running torch does not have, and the transforms of these."""
+    found: dict[str, list[str]] = {}
+    for transform, table in (("vmap", RULES), ("vjp", REVERSE), ("jvp", FORWARD)):
+        for rule in table.absent:
+            found.setdefault(str(rule.op).removeprefix("aten."), []).append(transform)
+    return dict(sorted(found.items()))
+
+
 def _overloads() -> Iterator[Any]:
     for full in sorted(all_op_names()):
         namespace, _, name = full.partition("::")
@@ -164,6 +175,9 @@ def summary(table: list[Row]) -> str:
         f"{both[True, True]} in both, {both[True, False]} here alone, "
         f"{both[False, True]} there alone, {both[False, False]} in neither.",
     ]
+    gone = [f"{name} ({', '.join(transforms)})" for name, transforms in absent().items()]
+    if gone:
+        lines += ["", f"Ops of other versions of torch that have rules: {', '.join(gone)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,7 @@ from lamina.autodiff.operands import is_known
 from lamina.autodiff.saved import SavedApart, without_hooks
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.mode import mode_off
+from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts
 from lamina_core.tensors import map_tensors
 from lamina_core.torch_hooks.autograd import forward_enabled
@@ -30,7 +31,6 @@ from lamina_core.wrapper import LevelTensor
 __all__ = ["borrowed_jvp", "borrowed_vjp"]
 
 Tensor = torch.Tensor
-aten = torch.ops.aten
 
 
 def _rrelu(

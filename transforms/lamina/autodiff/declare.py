@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lamina_core.errors import RuleError, message
+from lamina_core.overloads import is_absent
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
 
@@ -194,33 +195,35 @@ class Constant:
         self.known = facts(op)
 
 
-def _declare(op: Any, declaration: Any, first: Any) -> None:
+def _declare(op: Any, make: type, products: Any, first: Any) -> None:
+    # What the products name cannot be looked up in an op that this torch does not have.
+    declaration: Any = Constant(op) if is_absent(op) else make(op, *products)
     # Messages about a second declaration name the module of the first.
     declaration.__module__ = getattr(first, "__module__", __name__)
-    declaration.__qualname__ = f"{type(declaration).__name__}({op})"
+    declaration.__qualname__ = f"{make.__name__}({op})"
     REVERSE.register(op, declaration, state="family")
     FORWARD.register(op, declaration, state="family")
 
 
 def pointwise(op: Any, *products: Callable[..., Any] | None) -> None:
     """Declare an elementwise op by one product per tensor operand (see the module)."""
-    _declare(op, Pointwise(op, products), next((p for p in products if p), None))
+    _declare(op, Pointwise, (products,), next((p for p in products if p), None))
 
 
 def linear(op: Any, transpose: Callable[..., Any]) -> None:
     """Declare an op linear in its first operand by its transpose `(ct, ...)`."""
-    _declare(op, Linear(op, transpose), transpose)
+    _declare(op, Linear, (transpose,), transpose)
 
 
 def multilinear(op: Any, *transposes: Callable[..., Any]) -> None:
     """Declare an op linear in each operand by the transposes `(ct, ...)` in each."""
-    _declare(op, Multilinear(op, transposes), transposes[0])
+    _declare(op, Multilinear, (transposes,), transposes[0])
 
 
 def constant(*ops: Any) -> None:
     """Declare ops whose outputs do not depend differentiably on anything."""
     for op in ops:
-        _declare(op, Constant(op), None)
+        _declare(op, Constant, (), None)
 
 
 def fixed(op: Any, *places: int) -> None:

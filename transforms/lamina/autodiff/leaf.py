@@ -8,6 +8,7 @@ import torch
 
 from lamina_core.dispatch import lower
 from lamina_core.outer import BELOW_AUTOGRAD
+from lamina_core.overloads import aten
 from lamina_core.schema import facts
 from lamina_core.tensors import map_tensors
 from lamina_core.torch_hooks.keys import ForceKeys, excluded_keys, included_keys
@@ -15,7 +16,7 @@ from lamina_core.torch_hooks.tensors import make_wrapper, no_torch_function
 
 __all__ = ["Home", "LeafTensor", "unbox"]
 
-_DETACH = torch.ops.aten.detach.default
+_DETACH = aten.detach.default
 _OPEN_INCLUDE = included_keys()
 
 

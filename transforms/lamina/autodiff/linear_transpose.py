@@ -29,6 +29,7 @@ from lamina.autodiff.tape import backward
 from lamina_core import pytree
 from lamina_core.function import Applied, Custom, Needs, applying
 from lamina_core.mode import mode_off
+from lamina_core.overloads import aten
 from lamina_core.scopes import run_at
 from lamina_core.tensors import tensors_in
 from lamina_core.torch_hooks.modes import disable_modes
@@ -156,7 +157,7 @@ class _LinearInterpreter(ReverseInterpreter):
                     )
 
 
-_CHECK_ERRORS = torch.ops.aten._linalg_check_errors.default
+_CHECK_ERRORS = aten._linalg_check_errors.default
 
 
 @applying(_LinearInterpreter)

@@ -8,6 +8,7 @@ import torch
 
 from lamina.decompose.table import decomposition_of
 from lamina_core.dispatch import lower, pass_down, watched
+from lamina_core.overloads import aten
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
@@ -150,8 +151,8 @@ def decompose_handler(decomposition: Any) -> Any:
 
 # The memory of a tangent need not be laid out like that of its primal.
 _IN_ANY_LAYOUT = {
-    torch.ops.aten.view.default: torch.ops.aten.reshape.default._op,
-    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default._op,
+    aten.view.default: aten.reshape.default._op,
+    aten._unsafe_view.default: aten.reshape.default._op,
 }
 
 

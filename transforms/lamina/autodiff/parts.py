@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from lamina_core.overloads import aten
+
 __all__ = ["PARTS", "Part", "add_parts", "part_pullback", "whole"]
 
-aten = torch.ops.aten
 Tensor = torch.Tensor
 
 # Views of one region each, whose elements lie apart.

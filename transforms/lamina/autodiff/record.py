@@ -27,6 +27,7 @@ from lamina_core.dispatch import lower, pass_down
 from lamina_core.errors import EscapedTensorError, NotLinearError, message
 from lamina_core.function import Applied, Custom, Needs, apply_custom, apply_here, applying
 from lamina_core.interpreter import Interpreter
+from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts, facts
 from lamina_core.tensors import map_tensors
 from lamina_core.wrapper import LevelTensor, box, made_as_view, strip_dead
@@ -35,7 +36,6 @@ __all__ = ["RecordInterpreter", "RecordedTensor"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
-aten = torch.ops.aten
 
 
 class RecordedTensor(LevelTensor):

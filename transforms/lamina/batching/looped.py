@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from lamina_core.overloads import aten
 
 __all__ = ["LOOPED"]
-
-aten = torch.ops.aten
 
 _INTEGERS = "PyTorch has no product of batches of integer matrices"
 _PACKED = "its kernel packs or reads the packed weights of one matrix"

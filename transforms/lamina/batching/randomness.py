@@ -23,11 +23,10 @@ import torch
 from lamina.batching.dims import ensure_batched, logical_shape, pad_rank
 from lamina_core.dispatch import lower
 from lamina_core.errors import RandomnessError
+from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts
 
 __all__ = ["Part", "batch_random"]
-
-aten = torch.ops.aten
 
 
 def batch_random(

@@ -8,6 +8,7 @@ import torch
 
 from lamina.batching.table import RULES
 from lamina.decompose.table import decomposition_of
+from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts, facts
 from lamina_core.torch_hooks.registry import decompositions
 
@@ -19,8 +20,6 @@ __all__ = [
     "random_decomposition",
     "state_of",
 ]
-
-aten = torch.ops.aten
 
 
 def state_of(op: Any) -> str:

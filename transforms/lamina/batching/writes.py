@@ -15,12 +15,12 @@ from lamina.batching.dims import batch_first, pad_rank
 from lamina_core.alias import captured_error, mutate
 from lamina_core.dispatch import pass_down
 from lamina_core.errors import MutationError
+from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts
 from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
 
 __all__ = ["in_place_handler", "store"]
 
-aten = torch.ops.aten
 _CLASSES = LevelTensor.classes
 
 # Elementwise in meaning, though not tagged as pointwise.

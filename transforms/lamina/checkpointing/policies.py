@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from lamina.checkpointing.kept import DROP, Offload
 from lamina.checkpointing.rematerialise import Policy, checkpoint_name
 from lamina_core.errors import StructureError, message
+from lamina_core.overloads import aten
 
 __all__ = [
     "dots_saveable",
@@ -29,8 +28,6 @@ __all__ = [
     "save_from_both_policies",
     "save_only_these_names",
 ]
-
-aten = torch.ops.aten
 
 # The positions of the two factors.
 _PRODUCTS: dict[Any, tuple[int, int]] = {

@@ -18,6 +18,7 @@ import torch
 from lamina_core.errors import CapturedTensorError, NotDifferentiableError, message
 from lamina_core.interpreter import Interpreter
 from lamina_core.mode import thread_mode
+from lamina_core.overloads import aten
 from lamina_core.tensors import map_tensors, tensors_in
 from lamina_core.torch_hooks.autograd import forward_ad
 from lamina_core.wrapper import LevelTensor, level_of
@@ -26,7 +27,7 @@ __all__ = ["GROUND", "constants", "derivative_levels", "levels_of", "need_made",
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
-alias = torch.ops.aten.alias.default
+alias = aten.alias.default
 
 
 class _Ground:

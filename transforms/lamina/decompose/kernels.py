@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["KERNELS"]
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
+__all__ = ["KERNELS"]
 
 
 # -- convolutions ----------------------------------------------------------------------------------

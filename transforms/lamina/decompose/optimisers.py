@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPTIMISERS"]
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
+__all__ = ["OPTIMISERS"]
 
 Row = tuple[Any, ...]
 

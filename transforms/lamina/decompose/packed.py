@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from lamina_core.errors import DataDependentError
+from lamina_core.overloads import aten
 from lamina_core.wrapper import LevelTensor, plain_of
 
 __all__ = ["PACKED"]
-
-aten = torch.ops.aten
 
 
 def _shared(op: Any, numbers: Any) -> Any:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from lamina_core.overloads import aten
 
 __all__ = ["RESAMPLED"]
-
-aten = torch.ops.aten
 
 _OPS = [
     aten._upsample_bicubic2d_aa,

@@ -17,10 +17,9 @@ from lamina.decompose.kernels import KERNELS
 from lamina.decompose.optimisers import OPTIMISERS
 from lamina.decompose.packed import PACKED
 from lamina.decompose.resampling import RESAMPLED
+from lamina_core.overloads import aten
 
 __all__ = ["decomposition_of"]
-
-aten = torch.ops.aten
 
 
 def decomposition_of(op: Any) -> Callable[..., Any] | None:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 class _Heads:

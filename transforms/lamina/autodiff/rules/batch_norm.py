@@ -22,8 +22,7 @@ from lamina.autodiff.rules.norm import (
     _statistics_t,
 )
 from lamina.autodiff.rules.norm_backward import _each_as, _second
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _over_channels(x: Any) -> tuple[list[int], list[int]]:

@@ -5,12 +5,9 @@ Gradients through them are zeros, as PyTorch gives them for the roundings.
 
 from __future__ import annotations
 
-import torch
-
 from lamina.autodiff.declare import constant
+from lamina_core.overloads import aten
 from lamina_core.schema import facts
-
-aten = torch.ops.aten
 
 COMPARISONS = """
     allclose any all eq equal ge greater gt is_nonzero isclose isfinite isin isinf isnan isneginf

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 _X, _WEIGHT = [True, False, False], [False, True, False]
 

@@ -13,8 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from lamina.autodiff.declare import decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 # Stands for the logarithm of 0: infinities would make the derivatives of a sum of zeros NaN.
 _NEVER = -1e30

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _slope(gap: Any, p: float) -> Any:

@@ -7,11 +7,8 @@ below. What is left is its pullback.
 
 from __future__ import annotations
 
-import torch
-
 from lamina.autodiff.declare import linear
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 linear(
     aten.native_dropout_backward.default,

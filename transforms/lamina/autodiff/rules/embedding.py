@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition, linear, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _spread(ct: Any, x_shape: Any, indices: Any, padding_idx: Any, scale_grad_by_freq: bool) -> Any:

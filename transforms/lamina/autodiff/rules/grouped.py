@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.autodiff.declare import jvp_rule, vjp_rule
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
 
-aten = torch.ops.aten
 _ALIGNED = 16  # bytes: the kernel wants every stride but that of the innermost dim to be a multiple
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, unbroadcast, vjp_rule
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 where = torch.where
 
 

@@ -6,8 +6,7 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
 from lamina.autodiff.shapes import in_dtype
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _repeat_ct(ct, x_shape, repeats):

@@ -12,9 +12,7 @@ import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
 from lamina.autodiff.rules.matmul import adjoint
-
-aten = torch.ops.aten
-
+from lamina_core.overloads import aten
 
 # -- cholesky --------------------------------------------------------------------------------------
 

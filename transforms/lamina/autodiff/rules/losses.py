@@ -14,8 +14,7 @@ import torch
 
 from lamina.autodiff.declare import fixed, jvp_rule, linear, unbroadcast, vjp_rule
 from lamina.autodiff.shapes import stand_in
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 _MEAN, _SUM = 1, 2  # the numbers that ATen gives the reductions; 0 is none
 

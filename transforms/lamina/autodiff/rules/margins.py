@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.autodiff.declare import decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 _MEAN = 1  # the number that ATen gives the reduction
 

@@ -18,9 +18,7 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, vjp_rule
 from lamina.autodiff.shapes import asked_outside
-
-aten = torch.ops.aten
-
+from lamina_core.overloads import aten
 
 # -- what the families share -----------------------------------------------------------------------
 

@@ -13,8 +13,7 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
 from lamina.autodiff.rules.norm import _as, _Groups, _last, _plus, _shaped
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _second(given: Any, needs: Any, cts: Any, dims: Any, live: bool) -> tuple[Any, ...]:

@@ -10,8 +10,8 @@ import torch
 from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
 from lamina.autodiff.shapes import in_dtype
 from lamina_core.dispatch import copied
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 where = torch.where
 
 

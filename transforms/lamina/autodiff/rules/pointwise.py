@@ -16,8 +16,8 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, pointwise, vjp_rule
 from lamina.autodiff.shapes import in_dtype
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 where = torch.where
 
 _LN2 = math.log(2.0)

@@ -11,13 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
 from lamina.autodiff.shapes import stand_in
-
-aten = torch.ops.aten
-
+from lamina_core.overloads import aten
 
 # -- averages --------------------------------------------------------------------------------------
 

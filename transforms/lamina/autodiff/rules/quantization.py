@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.autodiff.declare import decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _terms(

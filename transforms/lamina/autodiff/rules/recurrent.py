@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import FORWARD, decomposition, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 fused = aten.mkldnn_rnn_layer.default
 fused_backward = aten.mkldnn_rnn_layer_backward.default

@@ -12,8 +12,8 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
 from lamina.autodiff.shapes import count_of, dims_of, in_dtype, keep_dims, restored
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 where = torch.where
 
 

@@ -34,8 +34,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 # exp(x - exp(-x)) goes from 1e-20 to 58, where exp(-s / w) is 1e-25.
 _FROM, _TO, _COUNT = -3.75, 4.0625, 63

@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import pad
 
 from lamina.autodiff.declare import decomposition, vjp_rule
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 where = torch.where
 
 

@@ -6,12 +6,9 @@ pullback.
 
 from __future__ import annotations
 
-import torch
-
 from lamina.autodiff.declare import jvp_rule, vjp_rule
 from lamina.autodiff.shapes import in_dtype
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 softmax_backward = aten._softmax_backward_data.default
 log_softmax_backward = aten._log_softmax_backward_data.default

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import jvp_rule, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @vjp_rule(aten.as_strided_scatter.default)

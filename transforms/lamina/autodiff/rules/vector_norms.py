@@ -11,8 +11,8 @@ import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, vjp_rule
 from lamina.autodiff.shapes import dims_of, in_dtype, keep_dims
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 where = torch.where
 
 

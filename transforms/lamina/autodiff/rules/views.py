@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, unbroadcast, vjp_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _permute_ct(ct, dims):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.batching.dims import ensure_batched, physical
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @batching_rule(aten.glu.default)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 
 @batching_rule(aten._assert_async.default, aten._assert_async.msg)

@@ -21,8 +21,7 @@ from lamina.batching.dims import (
 )
 from lamina.batching.table import batching_rule
 from lamina_core.errors import RandomnessError
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @batching_rule(aten.scaled_dot_product_attention.default)

@@ -26,8 +26,7 @@ from lamina.batching.dims import (
 )
 from lamina.batching.rules.conv_weights import cheapest, correlation, run
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @batching_rule(aten.conv_tbc.default)

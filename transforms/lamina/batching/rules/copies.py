@@ -14,8 +14,7 @@ from lamina.batching.dims import batch_first, ensure_batched, logical_rank, logi
 from lamina.batching.table import batching_rule, decomposition
 from lamina_core.dispatch import copied
 from lamina_core.errors import MutationError
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 # The value is copied as it is.
 SAME_DIMS = (

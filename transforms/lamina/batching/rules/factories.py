@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from lamina.batching.table import decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @decomposition(

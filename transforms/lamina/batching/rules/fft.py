@@ -18,8 +18,7 @@ from lamina.batching.dims import (
     physical_dims,
 )
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _dims(info: Any, dim: Any, x: Any, x_bdim: int) -> list[int]:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from lamina.batching.table import decomposition
+from lamina_core.overloads import aten
 from lamina_core.schema import facts
 from lamina_core.torch_hooks.registry import all_op_names
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 # Where the op of one tensor has another name or other arguments.
 _EACH: dict[str, Callable[..., Any]] = {
@@ -36,7 +35,9 @@ _EACH: dict[str, Callable[..., Any]] = {
 
 def _register(op: Any) -> None:
     name = op._schema.name.removeprefix("aten::_foreach_")
-    each = _EACH.get(name) or getattr(torch, name)
+    each = _EACH.get(name) or getattr(torch, name, None)
+    if each is None:  # newer than this file
+        return
     known = facts(op)
     lists = set(known.list_args)
     lists |= {i for i, a in enumerate(op._schema.arguments) if str(a.type) == "List[number]"}

@@ -13,10 +13,9 @@ import torch
 
 from lamina.batching.dims import batch_first, ensure_batched, logical_rank
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 
 @batching_rule(aten._grouped_mm.default)

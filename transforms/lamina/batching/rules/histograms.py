@@ -14,10 +14,9 @@ import torch
 from lamina.batching.agreement import common_number
 from lamina.batching.dims import ensure_batched, logical_shape
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 
 def _range(x: Any, lowest: Any, highest: Any, margin: float, name: str) -> Any:

@@ -33,8 +33,7 @@ from lamina.batching.dims import (
 )
 from lamina.batching.table import batching_rule
 from lamina_core.errors import DataDependentError
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @batching_rule(aten.gather.default)

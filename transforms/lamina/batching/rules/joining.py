@@ -21,8 +21,7 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 @batching_rule(aten.block_diag.default)

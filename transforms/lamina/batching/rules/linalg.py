@@ -19,9 +19,8 @@ from lamina.batching.dims import (
     pad_rank,
 )
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 from lamina_core.schema import facts
-
-aten = torch.ops.aten
 
 # One op a line: all outputs are batched, and no operand broadcasts.
 _OWN_BATCH = [

@@ -20,8 +20,7 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 NONE, MEAN, SUM = 0, 1, 2
 

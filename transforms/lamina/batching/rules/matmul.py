@@ -21,8 +21,7 @@ from lamina.batching.dims import (
     shifted,
 )
 from lamina.batching.table import batching_rule, decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 _OWN_COLUMNS = 16
 

@@ -22,9 +22,7 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule, decomposition
-
-aten = torch.ops.aten
-
+from lamina_core.overloads import aten
 
 # -- batch norm ------------------------------------------------------------------------------------
 

@@ -13,10 +13,9 @@ import torch
 
 from lamina.batching.dims import ensure_batched
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 # One op a line, and the place of its numbers of steps.
 _OPTIMISERS = {

@@ -14,9 +14,8 @@ from lamina.batching.agreement import common_answer
 from lamina.batching.dims import ensure_batched, logical_rank, logical_shape, pad_rank
 from lamina.batching.table import batching_rule, decomposition
 from lamina_core.errors import MutationError, message
+from lamina_core.overloads import aten
 from lamina_core.schema import facts
-
-aten = torch.ops.aten
 
 # Elementwise though not tagged so; some of their kernels do not broadcast.
 _OF_ONE_SHAPE = [

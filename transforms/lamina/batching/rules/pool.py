@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.batching.dims import (
     EmptyBatchError,
     batch_first,
@@ -18,9 +16,8 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 from lamina_core.schema import facts
-
-aten = torch.ops.aten
 
 # One op a line; the number of spatial dims of its first argument. All tensors share N.
 _SPATIAL = {

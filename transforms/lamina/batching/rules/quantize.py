@@ -12,10 +12,9 @@ import torch
 from lamina.batching.dims import ensure_batched, logical_rank, normalize, pad_rank, physical
 from lamina.batching.table import batching_rule, decomposition
 from lamina_core.errors import DataDependentError
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 # Elementwise on quantised tensors.
 _ELEMENTWISE = [aten.dequantize.self, aten.int_repr.default]

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from lamina.batching.dims import ensure_batched, fold, unfold
 from lamina.batching.table import batching_rule, decomposition
+from lamina_core.overloads import aten
 
-aten = torch.ops.aten
 State = tuple[Any, ...]
 
 

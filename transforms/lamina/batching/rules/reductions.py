@@ -24,8 +24,7 @@ from lamina.batching.dims import (
     without,
 )
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _over(op: Any, x: Any, x_bdim: int, dim: Any, keepdim: bool, *before: Any, **rest: Any) -> Any:

@@ -28,9 +28,7 @@ from lamina.batching.dims import (
 )
 from lamina.batching.table import batching_rule
 from lamina_core.errors import DataDependentError
-
-aten = torch.ops.aten
-
+from lamina_core.overloads import aten
 
 # -- regions: x with a view of it replaced ---------------------------------------------------------
 

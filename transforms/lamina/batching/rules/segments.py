@@ -8,10 +8,9 @@ import torch
 
 from lamina.batching.dims import behind_batch, ensure_batched
 from lamina.batching.table import batching_rule
+from lamina_core.overloads import aten
 
 __all__: list[str] = []
-
-aten = torch.ops.aten
 
 
 def _segments(info: Any, options: dict[str, Any], rank: int, axis: int) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import torch
 
 from lamina.batching.dims import align, at_least_1d, logical_rank, physical
 from lamina.batching.table import batching_rule, decomposition
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _along(op: Any, x: Any, x_bdim: int, dim: int, *rest: Any) -> Any:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.batching.dims import at_least_1d, batch_first, logical_rank, physical, without
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 
 def _along(op: Any, x: Any, x_bdim: int, *before: Any, dim: int, keepdim: Any, **rest: Any) -> Any:

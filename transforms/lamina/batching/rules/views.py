@@ -23,8 +23,7 @@ from lamina.batching.dims import (
     without,
 )
 from lamina.batching.table import batching_rule
-
-aten = torch.ops.aten
+from lamina_core.overloads import aten
 
 # Views that change no dim: the value is viewed as it is.
 SAME_DIMS = (
