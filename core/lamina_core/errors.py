@@ -24,6 +24,7 @@ __all__ = [
     "StructureError",
     "TangentError",
     "TorchHookError",
+    "UntestedTorchWarning",
     "message",
 ]
 
@@ -368,6 +369,20 @@ class TorchHookError(LaminaError, ImportError):
         lamina_core.errors.TorchHookError: torch ... has no torch._C._gone, on which Lamina stands
           it is needed for: an example
           to fix: install a version of torch that Lamina has been tested with (its README ...
+    """
+
+
+class UntestedTorchWarning(UserWarning):
+    """Lamina was imported with a version of torch that its tests have not run on.
+
+    It is given once, by the import. `python -m lamina.doctor` compares that torch with the tested
+    ones and tries the transforms; to import without the warning:
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", UntestedTorchWarning)
+        ...     import lamina
     """
 
 

@@ -22,6 +22,7 @@ from lamina.jacobians.products import hvp, vhp
 from lamina.jacobians.rows import Wirtinger
 from lamina_core.config import config
 from lamina_core.torch_hooks.doors import require_proofs
+from lamina_core.versions import warn_if_untested
 
 __all__ = [
     "SymbolicZero",
@@ -55,3 +56,4 @@ __all__ = [
 
 # A hook into torch that is not reached must not show as a wrong gradient.
 require_proofs()
+warn_if_untested()
