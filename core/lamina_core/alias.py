@@ -103,7 +103,8 @@ def stamp(tensor: Any) -> Any:
             return tensor.version, value._version
     versions = []
     while type(tensor) in _CLASSES:
-        versions.append(tensor.version)
+        if not (tensor.is_lifted and tensor.version == 0):  # it stands for the plain tensor alone
+            versions.append(tensor.version)
         recipe = tensor.recipe
         while recipe is not None:
             versions.append(recipe.parent.version)

@@ -193,7 +193,7 @@ def watched(
         if type(tensor) in _CLASSES or not needs_guard(tensor):
             return tensor
         wrapped = level.constant(tensor)
-        wrapped.is_input = True
+        wrapped.is_input = wrapped.is_lifted = True
         return wrapped
 
     for wrapper, name in own:

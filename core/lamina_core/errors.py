@@ -109,7 +109,7 @@ class NonScalarLossError(LaminaError, RuntimeError):
     """
 
 
-class NotDifferentiableError(LaminaError, TypeError):
+class NotDifferentiableError(LaminaError, TypeError, RuntimeError):
     """There is nothing to differentiate, or an op has no derivative.
 
     Example:

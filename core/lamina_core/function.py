@@ -16,6 +16,7 @@ below.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -270,6 +271,12 @@ class _Bridge(torch.autograd.Function):
         return None, None, None, *ctx.custom.backward(ctx.saved_tensors, ctx.rest, needs, cts)
 
 
+@functools.cache
+def _bridge_of(name: str) -> Any:
+    """The bridge under the name of the user's class, which hooks of modules look for."""
+    return type(name, (_Bridge,), {})
+
+
 def _through_autograd(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied:
     needs = tuple(
         [
@@ -278,7 +285,7 @@ def _through_autograd(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Ap
         ]
     )
     results: list[Applied] = []
-    outs = original_apply(_Bridge, custom, needs, results, *args)
+    outs = original_apply(_bridge_of(custom.name), custom, needs, results, *args)
     return results[0].lifted(args, list(outs))
 
 

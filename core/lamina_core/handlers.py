@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from lamina_core import answers as _answers  # noqa: F401 - what wrappers say of themselves
 from lamina_core.alias import refresh_all
 from lamina_core.dispatch import watched
 from lamina_core.interpreter import Interpreter

@@ -57,6 +57,18 @@ class Level:
         """Make `target` stand for what `new` stands for (the end of an in-place write)."""
         raise NotImplementedError
 
+    def grad_fn(self, wrapper: Any) -> Any:
+        """What `wrapper.grad_fn` gives, at a level that keeps a tape; None for an input."""
+        raise NotImplementedError
+
+    def register_hook(self, wrapper: Any, hook: Any) -> Any:
+        """Register a hook of a wrapper on the tape of this level; a handle to remove it."""
+        raise NotImplementedError
+
+    def hook_below(self, wrapper: Any, hook: Any) -> Any:
+        """A hook for the value of a wrapper that does what `hook` does to the wrapper."""
+        return hook
+
     def is_own(self, value: Any) -> bool:
         """Whether `value` is a wrapper of this very level."""
         return type(value) is self.wrapper and value.interpreter is self

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from lamina_core.level import Level
 from lamina_core.mode import mode_off, mode_on, thread_mode
-from lamina_core.outer import BELOW_AUTOGRAD, autocast_keys, autograd_is_on
+from lamina_core.outer import BELOW_AUTOGRAD, OuterState, autocast_keys, autograd_is_on
 from lamina_core.torch_hooks.autograd import set_grad_enabled
-from lamina_core.torch_hooks.keys import ForceKeys, excluded_keys, included_keys
+from lamina_core.torch_hooks.keys import ExcludeKeys, ForceKeys, excluded_keys, included_keys
+from lamina_core.torch_hooks.modes import mode_count
 
-__all__ = ["asleep", "derivatives_on", "run_at"]
+__all__ = ["asleep", "derivatives_on", "revived", "run_at"]
 
 
 class asleep:
@@ -123,3 +126,25 @@ class run_at:
         if self.switch is not None:
             self.switch.__exit__()
         mode.top = self.saved
+
+
+@contextmanager
+def revived(top: Level | None, outer: OuterState | None) -> Iterator[None]:
+    """Let a popped level, and those below it, take part again for a block of user code."""
+    if top is None:
+        yield
+        return
+    mode = thread_mode()
+    dead = [interpreter for interpreter in top.path() if not interpreter.alive]
+    saved = mode.outer, mode.depth
+    mode.outer = outer
+    for interpreter in dead:
+        interpreter.alive = True
+    try:
+        with ExcludeKeys(BELOW_AUTOGRAD):
+            mode.depth = mode_count() + (not mode.is_on())
+            yield
+    finally:
+        mode.outer, mode.depth = saved
+        for interpreter in dead:
+            interpreter.alive = False

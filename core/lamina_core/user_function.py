@@ -151,19 +151,23 @@ class UserFunction(Custom):
         """Run the user's forward, and `setup_context` if there is one."""
         ctx = Context(self.cls, needs)
         with torch.no_grad():
+            shown = _claiming(args, needs)
             if self.in_two_steps:
-                out = self.cls.forward(*args)
-                self.cls.setup_context(ctx, args, out)
+                out = self.cls.forward(*shown)
+                self.cls.setup_context(ctx, shown, out)
             else:
-                out = self.cls.forward(ctx, *args)
-            return self._capture(ctx, args, out)
+                out = self.cls.forward(ctx, *shown)
+            applied = self._capture(ctx, shown, out)
+        return applied.lifted(args, applied.outs)
 
     def set_up(self, args: tuple[Any, ...], out: Any, needs: Needs) -> Applied:
         """`forward`, where a rule of the user's has computed the outputs."""
         ctx = Context(self.cls, needs)
         with torch.no_grad():
-            self.cls.setup_context(ctx, args, out)
-            return self._capture(ctx, args, out)
+            shown = _claiming(args, needs)
+            self.cls.setup_context(ctx, shown, out)
+            applied = self._capture(ctx, shown, out)
+        return applied.lifted(args, applied.outs)
 
     def _capture(self, ctx: Context, args: tuple[Any, ...], out: Any) -> Applied:
         """Take the tensors out of a context."""
@@ -383,6 +387,36 @@ def differentiated_twice(name: str) -> NotDifferentiableError:
             "to fix: write the backward with differentiable ops and take the decorator off",
         )
     )
+
+
+def _claiming(args: tuple[Any, ...], needs: Needs) -> tuple[Any, ...]:
+    """Arguments as forward finds them in PyTorch, where those say so that require grad.
+
+    They are values of a level that follows nothing; it is a level above that differentiates.
+    """
+    return tuple(
+        [
+            _claim(arg)
+            if need
+            and isinstance(arg, Tensor)
+            and Meta(arg).differentiable
+            and not arg.requires_grad
+            else arg
+            for arg, need in zip(args, needs, strict=True)
+        ]
+    )
+
+
+def _could_claim(arg: Any) -> bool:
+    return not arg.requires_grad and (arg.is_floating_point() or arg.is_complex())
+
+
+def _claim(arg: Any) -> Any:
+    if type(arg) not in _CLASSES:
+        return arg.detach().requires_grad_()
+    shown = torch.ops.aten.alias.default(arg)
+    shown.claims_grad = True
+    return shown
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -45,6 +45,8 @@ class LevelTensor(torch.Tensor):
         version: Counts the writes to this wrapper (see `lamina_core.alias`).
         reshaped: The version at which its shape was last changed in place.
         is_input: Whether the memory belongs to an argument of the transform.
+        is_lifted: Whether it only stands for a plain tensor, at a level that has to see ops on it.
+        claims_grad: What it says of `requires_grad`, whoever follows it; None for the truth.
     """
 
     # Slots keep an instance from needing a dict, which would double the cost of a wrapper: 1 us.
@@ -58,6 +60,8 @@ class LevelTensor(torch.Tensor):
     version: int = 0
     reshaped: int = 0
     is_input: bool = False
+    is_lifted: bool = False
+    claims_grad: bool | None = None
 
     # The slots that hold values of lower levels, for those who look through a wrapper.
     holds: ClassVar[tuple[str, ...]] = ("value",)

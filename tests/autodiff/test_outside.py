@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lamina import grad, hvp, jvp, linear_transpose, linearize, vhp, vjp, vmap
+from lamina import grad, hvp, jacfwd, jacrev, jvp, linear_transpose, linearize, vhp, vjp, vmap
 
 DOUBLE = torch.float64
 X = torch.linspace(-4.1, 4.2, 24, dtype=DOUBLE).reshape(2, 4, 3).sin() * 2.3
@@ -113,3 +113,18 @@ def test_backward_to_a_direction_at_a_point_that_needs_none(transform):
     step = 1e-4
     slope = (value(TANGENT[0] + step * weights) - value(TANGENT[0] - step * weights)) / (2 * step)
     torch.testing.assert_close((found * weights).sum(), slope, rtol=1e-6, atol=1e-6)
+
+
+def test_a_parameter_that_an_outer_tape_has_stamped_is_lifted_without_a_false_alarm():
+    p = torch.tensor([0.7, 0.2], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0.3, 0.4], dtype=torch.float64)
+
+    def f(y):
+        return torch.tanh(p * y).sum()
+
+    third = jacfwd(jacrev(grad(f)))(x)
+    t = torch.tanh(p * x)
+    expected = p**3 * (1 - t * t) * (6 * t * t - 2)
+    torch.testing.assert_close(torch.stack([third[i, i, i] for i in range(2)]), expected)
+    (found,) = torch.autograd.grad(third.sum(), p)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), p)[0])

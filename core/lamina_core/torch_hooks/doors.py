@@ -34,12 +34,12 @@ def door(path: str, reason: str) -> Any:
         >>> door("torch._C._len_torch_dispatch_stack", "an example")()
         0
     """
-    DOORS[path] = reason
     found: Any = torch
     for name in path.split(".")[1:]:
         found = getattr(found, name, None)
         if found is None:
             raise TorchHookError(_missing(path, reason))
+    DOORS[path] = reason
     return found
 
 

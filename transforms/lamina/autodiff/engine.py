@@ -27,7 +27,7 @@ def _run_backward(t_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = args[3] if len(args) > 3 else ()
         for what, tensors in (("outputs", t_outputs), ("inputs", inputs or ())):
             for at, tensor in enumerate(tensors):
-                if type(tensor) in _CLASSES and not tensor.requires_grad:
+                if type(tensor) in _CLASSES:
                     raise _refusal(f"{what}[{at}]", tensor) from error
         raise
 

@@ -26,6 +26,7 @@ from lamina.autodiff.declared import (
     unary_plain_pullback,
     unary_pullback,
 )
+from lamina.autodiff.hooks import GradFn
 from lamina.autodiff.operands import (
     Split,
     constant_outputs,
@@ -108,6 +109,14 @@ class ReverseInterpreter(HandlerInterpreter):
             # A write under no_grad changes the value alone, as in PyTorch.
             target.node, target.index = new.node, new.index
         target.logical, target.strides = new.logical, new.strides
+
+    def grad_fn(self, wrapper: Any) -> Any:
+        """The op that made a wrapper; None for an input, as PyTorch has it."""
+        return None if wrapper.node.pullback is None else GradFn(wrapper.node)
+
+    def register_hook(self, wrapper: Any, hook: Any) -> Any:
+        """See `lamina_core.answers.register_hook`."""
+        return GradFn(wrapper.node).register_tensor_hook(wrapper.index, hook)
 
     def tracking(self) -> bool:
         """Whether ops are recorded: not so under `torch.no_grad()`."""

@@ -31,10 +31,8 @@ from lamina.autodiff.leaf import LeafTensor
 from lamina.autodiff.swapped import in_place, present
 from lamina_core.interpreter import Interpreter
 from lamina_core.mode import thread_mode
-from lamina_core.outer import BELOW_AUTOGRAD, OuterState
-from lamina_core.scopes import run_at
-from lamina_core.torch_hooks.keys import ExcludeKeys
-from lamina_core.torch_hooks.modes import mode_count
+from lamina_core.outer import OuterState
+from lamina_core.scopes import revived, run_at
 from lamina_core.torch_hooks.saving import (
     GraphExecGroup,
     checkpoint_hook,
@@ -90,30 +88,8 @@ class _Hooks:
     def unpack(self, packed: Any) -> Any:
         """Call the unpack hook, at the level where it may run the function again."""
         top = self.top if self.recomputes else None
-        with _alive(top, self.outer), run_at(top), in_place(self.swaps):
+        with revived(top, self.outer), run_at(top), in_place(self.swaps):
             return self.unpack_hook(packed)
-
-
-@contextmanager
-def _alive(top: Interpreter | None, outer: OuterState | None) -> Iterator[None]:
-    """Let popped levels take part again."""
-    if top is None:
-        yield
-        return
-    mode = thread_mode()
-    dead = [interpreter for interpreter in top.path() if not interpreter.alive]
-    saved = mode.outer, mode.depth
-    mode.outer = outer
-    for interpreter in dead:
-        interpreter.alive = True
-    try:
-        with ExcludeKeys(BELOW_AUTOGRAD):
-            mode.depth = mode_count() + (not mode.is_on())
-            yield
-    finally:
-        mode.outer, mode.depth = saved
-        for interpreter in dead:
-            interpreter.alive = False
 
 
 class Packed:
@@ -306,6 +282,21 @@ def _again(tensor: Any) -> Any:
     return tensor.detach()
 
 
+def _pack_as_it_is(pack_hook: Any, tensor: Any) -> Any:
+    """Pack the arguments of a checkpoint inside another, which are wrappers.
+
+    Its hook detaches what requires grad, and PyTorch knows the graph of what it detached. A wrapper
+    would lose its place on the tape.
+    """
+    if type(tensor) not in _CLASSES:
+        return pack_hook(tensor)
+    tensor.claims_grad = False
+    try:
+        return pack_hook(tensor)
+    finally:
+        del tensor.__dict__["claims_grad"]
+
+
 def _install() -> None:
     enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
     counting = threading.Lock()
@@ -317,6 +308,8 @@ def _install() -> None:
         if hooks.recomputes and (hooks.top is not None or hooks.swaps):
             # The user's own autograd may be the first to ask for a tensor.
             self.unpack_hook = hooks.unpack
+        if hooks.recomputes:
+            self.pack_hook = functools.partial(_pack_as_it_is, self.pack_hook)
         enter(self)
         _thread.entered.append(hooks)
         with counting:

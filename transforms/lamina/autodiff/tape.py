@@ -43,10 +43,12 @@ class Node:
         needs: Which tensor operands want a cotangent.
         parents: For each operand that does, `(node, output index)`; None for the others.
         outputs: How many outputs the op has.
+        hooks: What user code wants to be called with, or None.
         versions: What `stamp` says of the residuals that are tensors, to notice writes to them.
     """
 
     __slots__ = (
+        "hooks",
         "name",
         "needs",
         "outputs",
@@ -69,6 +71,7 @@ class Node:
     ) -> None:
         self.name = name
         self.pullback = pullback
+        self.hooks: Any = None
         if _saved.active:
             residuals = _saved.pack(residuals)
             if isinstance(residuals, _saved.Packed):
@@ -165,7 +168,9 @@ def backward(
         pullback = node.pullback
         if pullback is None:
             if sequence in results:
-                results[sequence] = whole(received[0])
+                ct = whole(received[0])
+                results[sequence] = ct if node.hooks is None else node.hooks.on_outputs([ct])[0]
+                ct = None
             owned.discard(id(received[0]))
             continue
         residuals = node.residuals
@@ -183,7 +188,11 @@ def backward(
         for i, ct in enumerate(received):
             if type(ct) is Part:
                 received[i] = whole(ct)
+        if node.hooks is not None:
+            received = node.hooks.on_outputs(received)
         cts = pullback(residuals, node.needs, *received)
+        if node.hooks is not None:
+            cts = node.hooks.on_operands(cts, received)
         if owned:
             # The sums whose buffer is ours end here: an id may be used again from now on.
             for ct in received:

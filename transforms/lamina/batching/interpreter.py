@@ -8,12 +8,15 @@ import torch
 
 from lamina.batching import rules as _rules
 from lamina.batching.batched import BatchedTensor, wrap
+from lamina.batching.dims import ensure_batched
 from lamina.batching.randomness import Part
 from lamina.batching.table import RULES, Info
 from lamina.batching.user_ops import resolve, state_of
 from lamina.batching.writes import store
 from lamina_core.alias import refresh_all
 from lamina_core.handlers import Handler, HandlerInterpreter
+from lamina_core.mode import thread_mode
+from lamina_core.scopes import revived, run_at
 
 __all__ = ["VmapInterpreter"]
 
@@ -69,6 +72,20 @@ class VmapInterpreter(HandlerInterpreter):
         """Stand for another value from now on."""
         target.value, target.bdim = new.value, new.bdim
         target.logical, target.strides = new.logical, new.strides
+
+    def hook_below(self, wrapper: Any, hook: Any) -> Any:
+        """A hook for all examples at once, which shows `hook` one, as the function saw it."""
+        bdim, outer = wrapper.bdim, thread_mode().outer
+
+        def on_value(ct: Any) -> Any:
+            with revived(self, outer), run_at(self):
+                found = hook(wrap(self, ct, bdim))
+            value, at = (found.value, found.bdim) if self.is_own(found) else (found, None)
+            if value is None or bdim is None:
+                return value
+            return ensure_batched(value, at, self.batch_size).movedim(0, bdim)
+
+        return on_value
 
     def refresh(self, outs: list[Any]) -> None:
         """Bring stale views among the outputs of the mapped function up to date."""

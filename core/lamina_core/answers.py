@@ -1,0 +1,140 @@
+"""What a wrapper says of itself when user code asks: requires_grad, grad_fn, is_leaf, hooks.
+
+Code filters its outputs by `t.requires_grad` and hooks modules by `t.grad_fn`. So a tensor of a
+transform answers as it would if PyTorch's own autograd were at work: it requires grad if any level,
+or the caller's autograd, follows it. Nothing here costs anything until it is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamina_core.alias import refresh_levels
+from lamina_core.errors import NotDifferentiableError, message
+from lamina_core.wrapper import LevelTensor
+
+__all__ = ["Followed", "followed_by"]
+
+_CLASSES = LevelTensor.classes
+
+
+class Followed:
+    """Where the derivative of a tensor is kept: with a wrapper of a tape, or with a plain tensor.
+
+    Attributes:
+        tensor: The wrapper or the plain tensor.
+        wrappers: The wrappers above it, the tensor that was asked first.
+    """
+
+    __slots__ = ("tensor", "wrappers")
+
+    def __init__(self, tensor: Any, wrappers: list[Any]) -> None:
+        self.tensor = tensor
+        self.wrappers = wrappers
+
+
+def followed_by(tensor: Any) -> Followed | None:
+    """Who follows a tensor in reverse, the innermost first; None if nobody does."""
+    refresh_levels([tensor])
+    above: list[Any] = []
+    pending = [(tensor, above)]
+    while pending:
+        tensor, above = pending.pop()
+        while type(tensor) in _CLASSES:
+            level = tensor.interpreter
+            if level.alive and level.keeps_values and not level.is_constant(tensor):
+                return Followed(tensor, above)
+            above = [*above, tensor]
+            others = [getattr(tensor, part) for part in tensor.holds[1:]]
+            pending.extend((other, above) for other in others if other is not None)
+            tensor = tensor.value
+        if tensor.requires_grad:
+            return Followed(tensor, above)
+    return None
+
+
+def _requires_grad(self: Any) -> bool:
+    """Whether a transform, or the caller's autograd, differentiates what is made of this."""
+    return followed_by(self) is not None if self.claims_grad is None else bool(self.claims_grad)
+
+
+def _set_requires_grad(self: Any, value: bool) -> None:
+    self.requires_grad_(value)
+
+
+def _grad_fn(self: Any) -> Any:
+    """What stands for the op that made this, in the hands of whoever follows it."""
+    found = followed_by(self)
+    if found is None:
+        return None
+    if type(found.tensor) in _CLASSES:
+        return found.tensor.interpreter.grad_fn(found.tensor)
+    return found.tensor.grad_fn
+
+
+def _is_leaf(self: Any) -> bool:
+    """As in PyTorch: whatever is not followed, and the inputs of those who follow."""
+    return self.grad_fn is None
+
+
+def requires_grad_(self: Any, requires_grad: bool = True) -> Any:
+    """Accepted where it says what is so already; anything else is an error that says what to use.
+
+    Raises:
+        NotDifferentiableError: If it would change anything.
+    """
+    if self.requires_grad == requires_grad:
+        return self
+    what = (
+        "requires_grad_() on a tensor that no transform differentiates"
+        if requires_grad
+        else "requires_grad_(False) on a tensor that a transform differentiates"
+    )
+    raise NotDifferentiableError(
+        message(
+            what,
+            f"it is {self!r}",
+            self.interpreter.where(),
+            "to fix: make it an argument of lamina.grad or lamina.vjp, and choose it by argnums"
+            if requires_grad
+            else "to fix: use tensor.detach(), which is a constant at every level",
+        )
+    )
+
+
+def register_hook(self: Any, hook: Any) -> Any:
+    """Call a function of this tensor's gradient in the backward pass; it may return another.
+
+    Args:
+        self: A tensor that requires grad.
+        hook: Gets the gradient as a value of the level at which the pass runs.
+
+    Returns:
+        A handle with a method `remove`.
+
+    Raises:
+        NotDifferentiableError: If nothing follows the tensor.
+    """
+    found = followed_by(self)
+    if found is None:
+        raise NotDifferentiableError(
+            message(
+                "cannot register a hook on a tensor that doesn't require gradient",
+                f"it is {self!r}",
+                "to fix: register it on what is made of the differentiated arguments",
+            )
+        )
+    for wrapper in reversed(found.wrappers):
+        hook = wrapper.interpreter.hook_below(wrapper, hook)
+    if type(found.tensor) in _CLASSES:
+        return found.tensor.interpreter.register_hook(found.tensor, hook)
+    return found.tensor.register_hook(hook)
+
+
+_Tensor: Any = LevelTensor
+_Tensor.requires_grad = property(_requires_grad, _set_requires_grad)
+_Tensor.grad_fn = property(_grad_fn)
+_Tensor.is_leaf = property(_is_leaf)
+_Tensor.requires_grad_ = requires_grad_
+_Tensor.register_hook = register_hook
+_Tensor.retains_grad = False
