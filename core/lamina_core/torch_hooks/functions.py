@@ -52,7 +52,14 @@ def catch_functions(caught: Callable[..., Any], is_active: Callable[[], bool]) -
         is_active: Whether calls through a stored `apply` concern us at the moment.
     """
     if not _OF_C:
-        _Base.apply = classmethod(caught)
+
+        def once_bound(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            # Torch 2.11 and 2.12 bind keyword arguments for `setup_context`, and hand them on too.
+            if kwargs and cls.setup_context is not _Base.setup_context:
+                kwargs = {}
+            return caught(cls, *args, **kwargs)
+
+        _Base.apply = classmethod(once_bound)
         return
     Function.apply = classmethod(caught)
     _Meta._backward_cls = _BackwardClass(is_active)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import torch.utils.checkpoint  # noqa: F401 - torch imports it on demand
+import torch.utils.checkpoint
 
 from lamina_core.torch_hooks.doors import door
 
@@ -12,6 +14,7 @@ __all__ = [
     "GraphExecGroup",
     "checkpoint_hook",
     "graph_group",
+    "keep_checkpoint_inputs",
     "pop_saved_hooks",
     "push_saved_hooks",
     "recomputation_hook",
@@ -33,3 +36,24 @@ set_graph_group = door("torch._C._set_graph_exec_group", _ONE_PASS)
 _KIND = "checkpoints: hooks that run the function again, unlike others"
 checkpoint_hook: Any = door("torch.utils.checkpoint._checkpoint_hook", _KIND)
 recomputation_hook: Any = door("torch.utils.checkpoint._recomputation_hook", _KIND)
+
+
+def keep_checkpoint_inputs(is_active: Callable[[], bool]) -> None:
+    """Have a checkpoint inside a transform keep its arguments as they are.
+
+    Torch 2.11 gets them back from the context of an `autograd.Function` that saves them, by its
+    place in a graph of C++; later versions keep them themselves.
+    """
+    usual = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+    if usual is None:
+        return
+
+    def apply(*inputs: Any) -> Any:
+        if not is_active():
+            return usual.apply(*inputs)
+        if not torch.is_grad_enabled():
+            return SimpleNamespace(grad_fn=None)
+        kept = SimpleNamespace(saved_tensors=(), get_args=lambda saved: list(inputs[1:]))
+        return SimpleNamespace(grad_fn=kept)
+
+    torch.utils.checkpoint._NoopSaveInputs = SimpleNamespace(apply=apply)  # type: ignore[attr-defined]

@@ -37,6 +37,7 @@ from lamina_core.torch_hooks.saving import (
     GraphExecGroup,
     checkpoint_hook,
     graph_group,
+    keep_checkpoint_inputs,
     pop_saved_hooks,
     push_saved_hooks,
     recomputation_hook,
@@ -282,6 +283,14 @@ def _again(tensor: Any) -> Any:
     return tensor.detach()
 
 
+def _packing(pack_hook: Any) -> Any:
+    """A pack hook of checkpointing that leaves wrappers as they are, with the notes made on it."""
+    packing = functools.update_wrapper(functools.partial(_pack_as_it_is, pack_hook), pack_hook)
+    # Torch takes this note off the hook that it finds when the checkpoint is left: off ours.
+    pack_hook.__dict__.pop("_user_hooks", None)
+    return packing
+
+
 def _pack_as_it_is(pack_hook: Any, tensor: Any) -> Any:
     """Pack the arguments of a checkpoint inside another, which are wrappers.
 
@@ -309,7 +318,7 @@ def _install() -> None:
             # The user's own autograd may be the first to ask for a tensor.
             self.unpack_hook = hooks.unpack
         if hooks.recomputes:
-            self.pack_hook = functools.partial(_pack_as_it_is, self.pack_hook)
+            self.pack_hook = _packing(self.pack_hook)
         enter(self)
         _thread.entered.append(hooks)
         with counting:
@@ -328,3 +337,4 @@ def _install() -> None:
 
 
 _install()
+keep_checkpoint_inputs(lambda: thread_mode().top is not None)
