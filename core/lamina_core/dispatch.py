@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lamina_core import indexing as _indexing  # noqa: F401 - gives wrappers their door
 from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers their operators
 from lamina_core.interpreter import Interpreter
 from lamina_core.mode import thread_mode

@@ -43,6 +43,11 @@ def _reshaped(parent: Any, new: Any, *args: Any, **kwargs: Any) -> Any:
     return new.reshape(parent.shape)
 
 
+def _narrowed(parent: Any, new: Any, dim: int, start: Any, length: int) -> Any:
+    places = (start + torch.arange(length, device=start.device)) % max(parent.shape[dim], 1)
+    return parent.index_copy(dim, places, new)
+
+
 def _same(parent: Any, new: Any, *args: Any, **kwargs: Any) -> Any:
     return new
 
@@ -73,6 +78,7 @@ _INVERSES: dict[str, Any] = {
     "aten::diagonal": lambda parent, new, *a, **k: torch.diagonal_scatter(parent, new, *a, **k),
     "aten::flatten": _reshaped,
     "aten::imag": _imaginary,
+    "aten::narrow": _narrowed,  # of a start that is a tensor; others are slices
     "aten::permute": _permuted,
     "aten::real": _real,
     "aten::reshape": _reshaped,

@@ -19,7 +19,7 @@ from lamina_core.recipe import ViewRecipe
 from lamina_core.schema import facts
 from lamina_core.tensors import needs_guard, tensors_in
 from lamina_core.torch_hooks.keys import CONJUGATE, NEGATIVE, set_excluded
-from lamina_core.torch_hooks.tensors import is_alias_of, make_wrapper, no_torch_function
+from lamina_core.torch_hooks.tensors import TensorMeta, is_alias_of, make_wrapper, no_torch_function
 
 __all__ = [
     "LevelTensor",
@@ -34,8 +34,35 @@ __all__ = [
 
 _default_dtype = torch.get_default_dtype
 
+# Dtypes of a tensor without dims that indexing takes for a number, and asks for its one value.
+_NUMBERS = frozenset(
+    (
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
+)
 
-class LevelTensor(torch.Tensor):
+
+class _Kind(TensorMeta):
+    """The class of the wrapper classes: see NOTE [Indices without dims] in `indexing`."""
+
+    @property
+    def __torch_function__(cls) -> Any:
+        """What `torch.overrides` sees of the class: that an instance may have a door of its own."""
+        return _some_have_one
+
+
+def _some_have_one(*args: Any, **kwargs: Any) -> Any:
+    """Stands for "not switched off"; what is called is the door of an instance."""
+    return NotImplemented
+
+
+class LevelTensor(torch.Tensor, metaclass=_Kind):
     """A tensor that stands for a value at one level of the interpreter stack.
 
     Attributes:
@@ -97,6 +124,9 @@ class LevelTensor(torch.Tensor):
         if interpreter is not None:
             return interpreter.process(func, args, kwargs)
         return _run_dead(func, args, kwargs)
+
+    # Rebound in `lamina_core.indexing`.
+    index_door: ClassVar[Any] = None
 
     @property
     def data(self) -> Any:
@@ -186,7 +216,10 @@ def box(cls: type[LevelTensor], value: Any, size: Any, stride: Any) -> Any:
     dtype = value.dtype
     if value.is_cpu and dtype is _default_dtype():
         return make_wrapper(cls, size) if stride is None else make_wrapper(cls, size, stride)
-    return make_wrapper(cls, size, stride, dtype=dtype, device=value.device)
+    out = make_wrapper(cls, size, stride, dtype=dtype, device=value.device)
+    if not size and dtype in _NUMBERS:
+        out.__torch_function__ = LevelTensor.index_door
+    return out
 
 
 def level_of(value: Any) -> int:

@@ -93,7 +93,7 @@ share = {share}
 def without(packet, name):
     op = found(packet, name)
     there = isinstance(op, overloads.torch._ops.OpOverload)
-    proof = packet.__name__ == "linear"  # that hooks are reached is proved with it
+    proof = packet.__name__ in ("linear", "narrow")  # that hooks are reached is proved with them
     if there and not proof and zlib.crc32(str(op).encode()) % 4 == share:
         op = overloads.Absent("aten", packet.__name__ + "_of_the_past", name)
         setattr(packet, name, op)

@@ -185,3 +185,11 @@ def _memory() -> None:
     except LaminaError:
         return
     raise AssertionError("a wrapper was exported by DLPack")
+
+
+@proof("indices without dims", "an index that differs between examples is seen by a plain tensor")
+def _indices() -> None:
+    table, numbers = torch.arange(3, device="cpu"), torch.tensor([2, 0], device="cpu")
+    _expect(
+        vmap(lambda i: table[i])(numbers), [2, 0], "a captured table at a number of each example"
+    )

@@ -82,7 +82,7 @@ def wrap_like(x: Any, value: Any) -> Any:
     if value.is_cpu and dtype is default_dtype():
         out: Any = make_wrapper(BatchedTensor, size)
     else:
-        out = make_wrapper(BatchedTensor, size, dtype=dtype, device=value.device)
+        out = box(BatchedTensor, value, size, None)
     out.interpreter = x.interpreter
     out.value = value
     out.recipe = None

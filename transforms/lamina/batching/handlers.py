@@ -80,6 +80,9 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
             return watched(interpreter, handle, op, args, kwargs)
         if not batched:
             return pass_unbatched(interpreter, op, args, kwargs, own)
+        if known.is_view and not interpreter.is_own(args[0]):
+            # A captured tensor seen from a place of each example: writing there is refused later.
+            args = (interpreter.lift(args[0], None), *args[1:])
         info = interpreter.info
         if kwarg_dims:
             info = Info(interpreter, info.batch_size, info.randomness)

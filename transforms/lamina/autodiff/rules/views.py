@@ -22,6 +22,11 @@ def _permute_ct(ct, dims):
     return ct.permute(inverse)
 
 
+def _narrow_ct(ct, x_shape, dim, start, length):
+    places = (start + torch.arange(length, device=start.device)) % max(x_shape[dim], 1)
+    return ct.new_zeros(x_shape).index_copy(dim, places, ct)
+
+
 def _reshape_ct(ct, x_shape):
     return ct.reshape(x_shape)
 
@@ -74,6 +79,7 @@ linear(
     aten.diagonal_backward.default,
     lambda ct, offset, dim1, dim2: ct.diagonal(offset, dim1, dim2),
 )
+linear(aten.narrow.Tensor, _narrow_ct)
 linear(
     aten.select.int,
     lambda ct, x_shape, dim, index: aten.select_backward.default(ct, x_shape, dim, index),

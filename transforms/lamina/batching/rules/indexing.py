@@ -140,9 +140,15 @@ def narrow_tensor(info: Any, in_dims: Any, x: Any, dim: int, start: Any, length:
     if start_bdim is None:
         at = physical(dim, x, x_bdim)
         return aten.narrow.Tensor(x, at, start, length), x_bdim
-    size = logical_shape(x, x_bdim)[dim]
-    start = torch.where(start < 0, start + size, start)
-    numbers = start.unsqueeze(1) + torch.arange(length, device=x.device)
+    if logical_rank(x, x_bdim) == 0:
+        raise RuntimeError("narrow() cannot be applied to a 0-dim tensor.")
+    numbers = start.unsqueeze(1).to(torch.int64)
+    if length != 1:
+        size = logical_shape(x, x_bdim)[dim]
+        # From a start that is out of range on the left the numbers must not come in again.
+        first = torch.where(numbers < 0, numbers + size, numbers)
+        first = torch.where(first < 0, numbers - length, first)
+        numbers = first + torch.arange(length, device=x.device)
     return index_select(info, (x_bdim, None, 0), x, dim, numbers)
 
 
