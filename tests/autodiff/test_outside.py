@@ -128,3 +128,13 @@ def test_a_parameter_that_an_outer_tape_has_stamped_is_lifted_without_a_false_al
     torch.testing.assert_close(torch.stack([third[i, i, i] for i in range(2)]), expected)
     (found,) = torch.autograd.grad(third.sum(), p)
     torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), p)[0])
+
+
+def test_a_trained_parameter_is_not_taken_for_one_that_was_written_to_since():
+    """Its version is not 0, and at a level that maps it is lifted."""
+    w = torch.nn.Parameter(torch.ones(2, 3))
+    with torch.no_grad():
+        w.mul_(2)
+    xs = torch.randn(4, 3)
+    found = vmap(grad(lambda x: F.linear(x, w).square().sum()))(xs)
+    assert torch.allclose(found, 2 * xs @ w.T @ w)

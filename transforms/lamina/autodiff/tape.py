@@ -181,7 +181,7 @@ def backward(
             residuals = residuals.unpack(group)
         for residual, version in zip(residuals, node.versions):  # noqa: B905 - HOT
             if version is not None and version != (
-                residual._version if type(version) is int else stamp(residual)
+                residual._version if type(residual) in _PLAIN else stamp(residual)
             ):
                 raise _written_over(node, residual)
         residual = None
