@@ -241,7 +241,7 @@ def _mutate_below(
     interpreter: Interpreter, known: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A user's op that writes, and of which this level has nothing to say but to hand it down."""
-    if interpreter.differentiates and interpreter.grad_enabled and torch.is_grad_enabled():
+    if interpreter.tracking():
         for tensor in tensors_in(args, kwargs):
             if interpreter.is_own(tensor) and not interpreter.is_constant(tensor):
                 raise interpreter.error(
@@ -370,9 +370,18 @@ def captured_error(interpreter: Level, name: str, target: Any) -> Exception:
     )
 
 
-def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> None:
-    if not torch.is_grad_enabled():
-        new = _with_derivative_of(target, new)
+def _write(
+    interpreter: Interpreter, target: LevelTensor, new: LevelTensor, *, values_alone: bool = False
+) -> None:
+    """Write and rebind, up to the base.
+
+    Under `no_grad` a write leaves what reverse mode knows of the old value; with `values_alone`,
+    which is said of a write through `detach`, what forward mode knows of it too.
+    """
+    if values_alone or not torch.is_grad_enabled():
+        new = _with_derivative_of(target, new, tangents=values_alone)
+    if values_alone:
+        new = interpreter.keep_derivative(target, new)
     if interpreter.store(target, new):
         return
     interpreter.mutated = True
@@ -382,9 +391,9 @@ def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> N
             interpreter.written.append(target)
     else:
         refresh(interpreter, target)
-        # What is written through `detach` changes values alone, as a write under `no_grad` does.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and recipe.op is not _DETACH):
-            _write(interpreter, recipe.parent, scatter(recipe, new))
+        alone = values_alone or recipe.op is _DETACH
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
+            _write(interpreter, recipe.parent, scatter(recipe, new), values_alone=alone)
         recipe.version = recipe.parent.version
     interpreter.rebind(target, new)
     target.version += 1
@@ -393,8 +402,8 @@ def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> N
 _DETACH = aten.detach.default
 
 
-def _with_derivative_of(target: LevelTensor, new: LevelTensor) -> Any:
-    """What a write under `no_grad` leaves: the new value, with the derivative of the old one.
+def _with_derivative_of(target: LevelTensor, new: LevelTensor, *, tangents: bool) -> Any:
+    """The new value with the derivative of the old one: without its tangents, unless asked for.
 
     `rebind` sees to the level of the write; this is for the levels below, and the user's autograd.
     """
@@ -405,7 +414,20 @@ def _with_derivative_of(target: LevelTensor, new: LevelTensor) -> Any:
         return new
     with torch.enable_grad():
         zero = target - target.detach()
-        return new + zero.masked_fill(zero.isnan(), 0)  # an infinity less itself
+        zero = zero.masked_fill(zero.isnan(), 0)  # an infinity less itself
+        if tangents:
+            new = _detached(new)
+        else:
+            inner: Any = zero
+            while type(inner) in _CLASSES:
+                for name in inner.holds[1:]:
+                    setattr(inner, name, None)
+                inner = inner.value
+        return new + zero
+
+
+def _detached(tensor: Any) -> Any:
+    return tensor.detach()
 
 
 class _identities:

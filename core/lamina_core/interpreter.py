@@ -92,10 +92,10 @@ class Interpreter(Level):
             mode.outer = None
 
     def _disable_below(self, mode: LevelMode) -> None:
-        """`torch.no_grad()` around a transform concerns every level below the new one."""
+        """`torch.no_grad()` around a transform concerns every tape below the new level."""
         lower = self.below
         while lower is not None:
-            if lower.grad_enabled:
+            if lower.grad_enabled and lower.keeps_values:
                 lower.grad_enabled = False
                 self._undo.append(_EnableAgain(lower))
             lower = lower.below

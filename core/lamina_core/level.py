@@ -20,7 +20,8 @@ class Level:
         level: Depth on the stack, 1 for the outermost; 0 before it is pushed.
         below: The next lower level, or None.
         alive: False once it has been popped; its wrappers are then dead.
-        grad_enabled: False while a level above was pushed under `torch.no_grad()`.
+        grad_enabled: False while a level above was pushed under `torch.no_grad()`, which concerns
+            reverse mode, and while a rule makes constants at this level.
         mutated: Whether a wrapper of this level has been rebound by a write, so that views have to
             be checked for staleness when they are met.
         watch: Whether a plain tensor that requires grad has been met at this level.
@@ -68,6 +69,14 @@ class Level:
     def hook_below(self, wrapper: Any, hook: Any) -> Any:
         """A hook for the value of a wrapper that does what `hook` does to the wrapper."""
         return hook
+
+    def tracking(self) -> bool:
+        """Whether a level that differentiates follows what is done now."""
+        return False
+
+    def keep_derivative(self, old: Any, new: Any) -> Any:
+        """The value of one wrapper with the derivative that another has at this level."""
+        return new
 
     def is_own(self, value: Any) -> bool:
         """Whether `value` is a wrapper of this very level."""

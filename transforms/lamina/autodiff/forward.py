@@ -42,6 +42,7 @@ __all__ = ["ForwardInterpreter", "state_of"]
 
 Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
+_is_inference = torch.is_inference_mode_enabled
 _rules.load()
 
 
@@ -56,6 +57,7 @@ class ForwardInterpreter(HandlerInterpreter):
     def __init__(self, name: str = "jvp") -> None:
         super().__init__()
         self.name = name
+        self.in_inference = _is_inference()
 
     def __str__(self) -> str:
         """The transform as the user wrote it."""
@@ -89,12 +91,29 @@ class ForwardInterpreter(HandlerInterpreter):
         """Whether the tangent of a wrapper is zero."""
         return wrapper.tangent is None
 
+    def tracking(self) -> bool:
+        """Whether tangents are pushed: as in PyTorch, under `no_grad` too."""
+        return _pushing(self)
+
+    def keep_derivative(self, old: Any, new: Any) -> Any:
+        """The primal of one wrapper with the tangent of another."""
+        return dual(self, new.value, old.tangent)
+
     def rebind(self, target: Any, new: Any) -> None:
         """Stand for another primal and tangent from now on."""
         target.value = new.value
-        if self.grad_enabled and _is_grad_enabled():
-            target.tangent = new.tangent  # a write under no_grad changes the value alone
+        target.tangent = new.tangent
         target.logical, target.strides = new.logical, new.strides
+
+
+def _pushing(interpreter: Any) -> bool:
+    """Whether tangents are pushed: `no_grad` concerns reverse mode alone, inference mode both.
+
+    Inference mode around the transform, like `no_grad` there, does not reach inside.
+    """
+    return interpreter.grad_enabled and (
+        _is_grad_enabled() or not _is_inference() or interpreter.in_inference
+    )
 
 
 def state_of(op: Any) -> str:
@@ -161,7 +180,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
 
 def _tangents_of(interpreter: Any, cut: Split) -> tuple[Any, ...] | None:
     """One tangent or None per operand; None altogether if all are zero or ops are not followed."""
-    if not (interpreter.grad_enabled and _is_grad_enabled()):
+    if not _pushing(interpreter):
         return None
     tangents = tuple(
         [
@@ -230,7 +249,7 @@ def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
             or type(x) is not DualTensor
             or x.interpreter is not interpreter
             or x.tangent is None
-            or not (interpreter.grad_enabled and _is_grad_enabled())
+            or not _pushing(interpreter)
         ):
             return general(interpreter, op, args, kwargs)
         value = x.value
@@ -243,7 +262,7 @@ def _pointwise_handler(known: OpFacts, declared: Pointwise) -> Any:
 
     def binary(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         # HOT: two operands of one shape and dtype, or one and a Python number.
-        if len(args) != 2 or kwargs or not (interpreter.grad_enabled and _is_grad_enabled()):
+        if len(args) != 2 or kwargs or not _pushing(interpreter):
             return general(interpreter, op, args, kwargs)
         x, y = args
         if type(x) is not DualTensor or x.interpreter is not interpreter:
@@ -320,7 +339,7 @@ def _linear_handler(known: OpFacts, declared: Linear) -> Any:
             type(x) is not DualTensor
             or x.interpreter is not interpreter
             or x.tangent is None
-            or not (interpreter.grad_enabled and _is_grad_enabled())
+            or not _pushing(interpreter)
         ):
             return general(interpreter, op, args, kwargs)
         value, rest = x.value, args[1:]

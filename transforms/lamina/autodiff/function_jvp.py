@@ -37,7 +37,7 @@ Tensor = torch.Tensor
 def _apply_jvp(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied:
     """Hand a function down, and push the tangents through it."""
     tangents = [arg.tangent if interpreter.is_own(arg) else None for arg in args]
-    if not (interpreter.grad_enabled and torch.is_grad_enabled()):
+    if not interpreter.tracking():
         tangents = [None] * len(args)
     mine = tuple([tangent is not None for tangent in tangents])
     below = tuple([need or own for need, own in zip(needs, mine, strict=True)])

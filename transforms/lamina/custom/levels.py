@@ -44,23 +44,18 @@ GROUND = _Ground()
 
 def derivative_levels(tensor: Any) -> list[Any]:
     """The owners of the derivatives that a tensor carries now, innermost first."""
-    if not torch.is_grad_enabled():
-        return []
     found: list[Any] = []
     while type(tensor) in _CLASSES:
         interpreter = tensor.interpreter
         if not interpreter.alive:
             tensor = tensor.dead_value()
             continue
-        if (
-            interpreter.differentiates
-            and interpreter.grad_enabled
-            and not interpreter.is_constant(tensor)
-        ):
+        if interpreter.tracking() and not interpreter.is_constant(tensor):
             found.append(interpreter)
         tensor = tensor.value
     outer = thread_mode().outer
-    if tensor.requires_grad and (outer is None or outer.grad_enabled):
+    enabled = torch.is_grad_enabled() and (outer is None or outer.grad_enabled)
+    if tensor.requires_grad and enabled:
         found.append(GROUND)
     return found
 

@@ -164,10 +164,28 @@ def ctc_loss(
     return loss.sum() if reduction == 2 else loss
 
 
+def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    """Broadcast, [*S] -> [*S without dim]. In C++ the norms are clamped in place under `no_grad`.
+
+    That leaves tangents there without a derivative of their own. Here the norms take another value
+    and keep their derivative, at every order.
+    """
+    dtype = torch.result_type(x1, x2)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return aten.cosine_similarity.default.decompose(x1, x2, dim, eps)  # which refuses it
+    x1, x2 = torch.broadcast_tensors(x1.to(dtype), x2.to(dtype))
+    parts = []
+    for x in (x1, x2):
+        norm = torch.linalg.vector_norm(x, 2, dim, keepdim=True)
+        parts.append(x / (norm + (norm.clamp_min(eps) - norm).detach()))
+    return (parts[0] * parts[1]).sum(dim)
+
+
 _TABLE: dict[Any, Callable[..., Any]] = {
     aten._native_multi_head_attention.default: native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
     aten.broadcast_tensors.default: broadcast_tensors,
+    aten.cosine_similarity.default: cosine_similarity,
     aten.ctc_loss.IntList: ctc_loss,
     aten.dropout.default: dropout,
     # A view and a write: there is no form out of place to put in its stead.
