@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 import lamina
+from tests import devices
 from tests.expected import BrokenLawError, judged
 from tests.samples import BATCH, SAMPLES, Case, cases, database
 
@@ -261,7 +262,7 @@ def vjp_is_autograd(case: Case) -> bool:
         return False
     outs, expected, cotangents = plain
     f, primals = restricted(case, case.generations[0])
-    torch.default_generator.manual_seed(0)
+    devices.seed(0)
     actual_outs, pullback = lamina.vjp(f, *primals)
     close(actual_outs, outs, "the value")
     close(pullback(cotangents), expected, "the cotangents")
@@ -287,7 +288,7 @@ def jvp_is_the_transposed_vjp(case: Case) -> bool:
         expected = None
     if expected is None or not all(t.isfinite().all() for t in expected):
         expected, loose = _central_difference(plain, primals, tangents), True
-    torch.default_generator.manual_seed(0)
+    devices.seed(0)
     _, actual = lamina.jvp(f, primals, tangents)
     close(actual, expected, "the tangents", loose)
     return True
@@ -411,7 +412,7 @@ def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, 
         return None
     f, primals = restricted(of_reference(case), tensors, kept)
     primals = tuple(p.detach().requires_grad_() for p in primals)
-    torch.default_generator.manual_seed(0)
+    devices.seed(0)
     outs = f(*primals)
     cotangents = tuple(noise(out, 100 * seed + i) for i, out in enumerate(outs))
     grads = torch.autograd.grad(
@@ -421,7 +422,7 @@ def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, 
 
 
 def _pushforward(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
-    torch.default_generator.manual_seed(0)
+    devices.seed(0)
     leaves = tuple(p.detach().requires_grad_() for p in primals)
     outs = f(*leaves)
     probes = tuple(noise(out, 50 + i).requires_grad_() for i, out in enumerate(outs))
@@ -442,7 +443,7 @@ def _central_difference(f: Callable[..., Tensors], primals: Tensors, tangents: T
     step = 1e-6 if primals[0].dtype in (torch.float64, torch.complex128) else 1e-3
 
     def at(sign: int) -> Tensors:
-        torch.default_generator.manual_seed(0)
+        devices.seed(0)
         moved = [p + sign * step * t for p, t in zip(primals, tangents, strict=True)]
         return f(*moved)
 
@@ -452,7 +453,7 @@ def _central_difference(f: Callable[..., Tensors], primals: Tensors, tangents: T
 def noise(like: torch.Tensor, seed: int) -> torch.Tensor:
     """A tensor of normal values, the same for the same seed and shape."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, dtype=like.dtype, generator=generator)
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

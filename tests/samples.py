@@ -30,6 +30,7 @@ import numpy
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tests import devices
 from tests.expected import VMAP_LAWS
 
 BATCH = 3
@@ -311,16 +312,20 @@ class Case:
     refused: bool
 
 
+def _device() -> str:
+    return str(devices.current())
+
+
 def dtype_of(op: Any) -> torch.dtype:
     """The dtype to try an operator with: float64 where it can."""
     order = (torch.float64, torch.float32, torch.int64, torch.complex128, torch.complex64)
-    supported = op.supported_dtypes("cpu")
+    supported = op.supported_dtypes(_device())
     return next(dtype for dtype in (*order, torch.int32, torch.bool) if dtype in supported)
 
 
 def other_dtypes(op: Any) -> list[torch.dtype]:
     """One dtype of each kind that an operator supports, beside those of `cases`."""
-    supported = op.supported_dtypes("cpu") - {dtype_of(op)}
+    supported = op.supported_dtypes(_device()) - {dtype_of(op)}
     kinds = (
         (torch.float32,),
         (torch.complex64,),
@@ -347,14 +352,14 @@ def cases(
         if dtypes:
             return [case for d in dtypes for case in _cases(op, name, law, d, count)]
         found = list(_cases(op, name, law, dtype, count))
-        if dtype.is_floating_point and torch.complex128 in op.supported_dtypes("cpu"):
+        if dtype.is_floating_point and torch.complex128 in op.supported_dtypes(_device()):
             found += _cases(op, name, law, torch.complex128, min(count, 2))
     return found
 
 
 def _cases(op: Any, name: str, law: str, dtype: torch.dtype, count: int) -> Iterator[Case]:
     differentiates = law in ("vjp", "jvp", "vmap_vjp")
-    if differentiates and dtype not in op.supported_backward_dtypes("cpu"):
+    if differentiates and dtype not in op.supported_backward_dtypes(_device()):
         return
     runs = [
         list(itertools.islice(_samples(op, dtype, differentiates, generation), FIRST))
@@ -371,10 +376,9 @@ def _cases(op: Any, name: str, law: str, dtype: torch.dtype, count: int) -> Iter
 def _samples(op: Any, dtype: torch.dtype, requires_grad: bool, generation: int) -> Iterator[Any]:
     random.seed(generation)
     numpy.random.seed(generation)
-    # Not `torch.manual_seed`, which also notes a traceback for each kind of device that is absent.
-    torch.default_generator.manual_seed(generation)
+    devices.seed(generation)
     # Not `op.sample_inputs`, which seeds anew for each sample: all generations would be the same.
-    return iter(op.sample_inputs_func(op, "cpu", dtype, requires_grad))
+    return iter(op.sample_inputs_func(op, _device(), dtype, requires_grad))
 
 
 def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
@@ -422,7 +426,7 @@ def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
         results.append(call(*args, **kwargs))
         return results[0]
 
-    before, tried = torch.get_rng_state(), [t.clone() for t in generations[0]]
+    before, tried = devices.random_state(), [t.clone() for t in generations[0]]
     refused = False
     try:
         with warnings.catch_warnings():
@@ -432,7 +436,7 @@ def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
         if law != "inplace":
             raise
         refused = True  # the result does not fit into the input
-    moved = not torch.equal(before, torch.get_rng_state())
+    moved = not all(map(torch.equal, before, devices.random_state()))
     copies = copies or name in STATISTICS or not all(map(_identical, tried, generations[0]))
     text = f"{name}({', '.join(_brief(leaf) for leaf in leaves)})"
     reference = function

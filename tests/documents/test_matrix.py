@@ -102,7 +102,7 @@ def test_a_python_that_is_not_there(tmp_path, capsys):
 
 
 def test_counts_are_read_from_a_run(tmp_path, monkeypatch):
-    """pytest's own report of three tests, of which one fails and one is skipped."""
+    """The report of a run of three tests, of which one fails and one is skipped."""
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
         "def test_passes(): pass\n"
