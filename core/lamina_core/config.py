@@ -25,15 +25,22 @@ class Config:
 
     Attributes:
         debug: The debug level, 0 to 3 (see the module).
+        schemas: What happens when an op of the running torch is not the one that its rule was
+            written for (`lamina_core.schema_record`): the rule is left out, and one warning lists
+            them all ("warn"), or an error ("error"). `LAMINA_SCHEMAS` in the environment sets it.
         fallback: What happens when an op under `vmap` can only run example by example: a warning
             per op ("warn"), an error ("error"), or nothing said ("silent").
     """
 
     debug: int = 0
     fallback: Literal["warn", "error", "silent"] = "warn"
+    schemas: str = "warn"
 
 
-config = Config(debug=int(os.environ.get("LAMINA_DEBUG", "0") or 0))
+config = Config(
+    debug=int(os.environ.get("LAMINA_DEBUG", "0") or 0),
+    schemas=os.environ.get("LAMINA_SCHEMAS", "warn") or "warn",
+)
 
 _SHORT = {
     "float32": "f32",

@@ -10,6 +10,7 @@ __all__ = [
     "AbsentOpError",
     "BatchSizeError",
     "CapturedTensorError",
+    "ChangedOpsWarning",
     "DataDependentError",
     "EscapedTensorError",
     "FallbackWarning",
@@ -369,6 +370,21 @@ class TorchHookError(LaminaError, ImportError):
         lamina_core.errors.TorchHookError: torch ... has no torch._C._gone, on which Lamina stands
           it is needed for: an example
           to fix: install a version of torch that Lamina has been tested with (its README ...
+    """
+
+
+class ChangedOpsWarning(UserWarning):
+    """Ops of the running torch are not those that Lamina's rules were written for.
+
+    It is given once, by the import, and lists them. A rule relies on the arguments of its op, so
+    the rules of these are left out: the ops are decomposed, run example by example or given
+    PyTorch's own derivative, which may be slow. `python -m lamina.doctor` shows what changed.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", ChangedOpsWarning)
+        ...     import lamina
     """
 
 

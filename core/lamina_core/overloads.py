@@ -18,7 +18,7 @@ import torch
 
 from lamina_core.errors import AbsentOpError, message
 
-__all__ = ["Absent", "Namespace", "Packet", "aten", "is_absent", "overloads"]
+__all__ = ["NAMESPACES", "Absent", "Namespace", "Packet", "aten", "is_absent", "overloads"]
 
 
 class _NoArguments:
@@ -141,14 +141,26 @@ class Namespace:
         return f"<Namespace {self._name}>"
 
 
-_NAMESPACES: dict[str, Namespace] = {}
+# The libraries of ops that come with torch and that rules may be about.
+NAMESPACES = frozenset(
+    {
+        "_c10d_functional",
+        "_c10d_functional_autograd",
+        "_quantized",
+        "aten",
+        "mkldnn",
+        "quantized",
+        "torch_nn",
+    }
+)
+_KNOWN: dict[str, Namespace] = {}
 
 
 def overloads(namespace: str) -> Namespace:
     """The ops of a namespace; the same object each time."""
-    found = _NAMESPACES.get(namespace)
+    found = _KNOWN.get(namespace)
     if found is None:
-        found = _NAMESPACES[namespace] = Namespace(namespace)
+        found = _KNOWN[namespace] = Namespace(namespace)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lamina_core.errors import RuleError, message
 from lamina_core.overloads import is_absent
+from lamina_core.schema_record import accepts
 from lamina_core.torch_hooks.registry import OpOverload
 
 __all__ = ["STATES", "Rule", "RuleTable"]
@@ -15,6 +16,8 @@ __all__ = ["STATES", "Rule", "RuleTable"]
 # The states of an (op, transform) pair, best first. "generic" is the loop over the examples under
 # vmap ("fallback") and PyTorch's own formula for derivatives ("borrowed").
 STATES = ("rule", "family", "decomposed", "generic", "missing")
+# Rules of others are written for the torch that they run.
+_OURS = ("lamina.", "torch.")
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,15 @@ class Rule:
 class RuleTable:
     """Rules by overload.
 
-    A rule for an op that the running torch lacks (`lamina_core.overloads`) is noted in `absent` and
-    serves nothing.
+    A rule for an op that the running torch lacks (`lamina_core.overloads`), or has with arguments
+    that no tested version has (`lamina_core.schema_record`), is noted and serves nothing.
 
     Args:
         transform: The name that messages use, such as "batching".
 
     Attributes:
         absent: The rules whose op the running torch does not have.
+        changed: The rules of Lamina itself whose op is another there than on all tested versions.
 
     Raises:
         RuleError: On registration for something that is no `OpOverload`, or twice for one.
@@ -62,6 +66,7 @@ class RuleTable:
     def __init__(self, transform: str) -> None:
         self.transform = transform
         self.absent: list[Rule] = []
+        self.changed: list[Rule] = []
         self._rules: dict[int, Rule] = {}
 
     def register(self, op: Any, function: Callable[..., Any], *, state: str = "rule") -> None:
@@ -88,14 +93,15 @@ class RuleTable:
         rule = Rule(op, function, state, owner)
         if is_absent(op):
             self.absent.append(rule)
+        elif owner.startswith(_OURS) and not accepts(op):
+            self.changed.append(rule)
         else:
             self._rules[id(op)] = rule
 
     def _of(self, op: Any) -> Rule | None:
-        """The registered rule of an overload, be it absent or not."""
-        if is_absent(op):
-            return next((rule for rule in self.absent if rule.op is op), None)
-        return self._rules.get(id(op))
+        """The registered rule of an overload, be it one that serves or not."""
+        others = (rule for rule in (*self.absent, *self.changed) if rule.op is op)
+        return self._rules.get(id(op)) or next(others, None)
 
     def lookup(self, op: Any) -> Rule | None:
         """The rule of an overload, or None."""

@@ -29,6 +29,7 @@ RULES_MAY_IMPORT = {
         "lamina_core.errors",
         "lamina_core.overloads",
         "lamina_core.schema",
+        "lamina_core.schema_record",
         "lamina_core.torch_hooks.registry",
     },
     "lamina.autodiff.rules": {
@@ -39,6 +40,7 @@ RULES_MAY_IMPORT = {
         "lamina_core.errors",
         "lamina_core.overloads",
         "lamina_core.schema",
+        "lamina_core.schema_record",
     },
 }
 

@@ -21,6 +21,7 @@ from lamina.jacobians.api import hessian, jacfwd, jacobian, jacrev
 from lamina.jacobians.products import hvp, vhp
 from lamina.jacobians.rows import Wirtinger
 from lamina_core.config import config
+from lamina_core.schema_record import warn_of_changes
 from lamina_core.torch_hooks.doors import require_proofs
 from lamina_core.versions import warn_if_untested
 
@@ -57,3 +58,4 @@ __all__ = [
 # A hook into torch that is not reached must not show as a wrong gradient.
 require_proofs()
 warn_if_untested()
+warn_of_changes()

@@ -32,6 +32,7 @@ from lamina_core.errors import RuleError, message
 from lamina_core.overloads import is_absent
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
+from lamina_core.schema_record import check
 
 __all__ = [
     "FIXED",
@@ -196,8 +197,9 @@ class Constant:
 
 
 def _declare(op: Any, make: type, products: Any, first: Any) -> None:
-    # What the products name cannot be looked up in an op that this torch does not have.
-    declaration: Any = Constant(op) if is_absent(op) else make(op, *products)
+    # What the products name cannot be looked up in an op that this torch lacks, or has otherwise.
+    other = is_absent(op) or check(op) is not None
+    declaration: Any = Constant(op) if other else make(op, *products)
     # Messages about a second declaration name the module of the first.
     declaration.__module__ = getattr(first, "__module__", __name__)
     declaration.__qualname__ = f"{make.__name__}({op})"

@@ -18,13 +18,19 @@ from lamina.decompose.optimisers import OPTIMISERS
 from lamina.decompose.packed import PACKED
 from lamina.decompose.resampling import RESAMPLED
 from lamina_core.overloads import aten
+from lamina_core.rules import RuleTable
+from lamina_core.schema_record import accepts
 
-__all__ = ["decomposition_of"]
+__all__ = ["DECOMPOSED", "decomposition_of"]
 
 
 def decomposition_of(op: Any) -> Callable[..., Any] | None:
     """The function that does what a fused op does, in ordinary ops; None if there is none."""
-    return _TABLE.get(op) or _BY_NAME.get(op.name())
+    rule = DECOMPOSED.lookup(op)
+    if rule is not None:
+        return rule.function
+    late = _BY_NAME.get(op.name())
+    return late if late is not None and accepts(op) else None
 
 
 def _heads(x: Any, num_heads: int) -> Any:
@@ -181,6 +187,7 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     return (parts[0] * parts[1]).sum(dim)
 
 
+DECOMPOSED = RuleTable("decomposition")
 _TABLE: dict[Any, Callable[..., Any]] = {
     aten._native_multi_head_attention.default: native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
@@ -195,6 +202,8 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     **PACKED,
     **RESAMPLED,
 }
+for _op, _function in _TABLE.items():
+    DECOMPOSED.register(_op, _function, state="decomposed")
 
 
 def chunked_cross_entropy(

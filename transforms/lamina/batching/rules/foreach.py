@@ -14,6 +14,7 @@ import torch
 from lamina.batching.table import decomposition
 from lamina_core.overloads import aten
 from lamina_core.schema import facts
+from lamina_core.schema_record import is_recorded
 from lamina_core.torch_hooks.registry import all_op_names
 
 __all__: list[str] = []
@@ -35,9 +36,7 @@ _EACH: dict[str, Callable[..., Any]] = {
 
 def _register(op: Any) -> None:
     name = op._schema.name.removeprefix("aten::_foreach_")
-    each = _EACH.get(name) or getattr(torch, name, None)
-    if each is None:  # newer than this file
-        return
+    each = _EACH.get(name) or getattr(torch, name)
     known = facts(op)
     lists = set(known.list_args)
     lists |= {i for i, a in enumerate(op._schema.arguments) if str(a.type) == "List[number]"}
@@ -66,7 +65,7 @@ def _overloads() -> list[Any]:
     for full in names:
         base, _, overload = full.removeprefix("aten::").partition(".")
         op = getattr(getattr(aten, base), overload or "default")
-        if not facts(op).mutated:
+        if is_recorded(op) and not facts(op).mutated:
             found.append(op)
     return found
 
