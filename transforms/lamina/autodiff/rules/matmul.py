@@ -115,7 +115,7 @@ def _linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
         ct = _rows(ct)
     if needs[0]:
         if rank == 1:
-            x_ct = _outer(ct, conj(weight))
+            x_ct = ct.unsqueeze(-1) * conj(weight)  # of one vector, ct has no dims
         elif ct.dim() == 1:
             x_ct = ct.matmul(conj(weight))
         else:
