@@ -1,9 +1,10 @@
-"""What holds for all tests: the device they run on."""
+"""What holds for all tests: the device they run on, and what the exhaustive ones check."""
 
 from __future__ import annotations
 
 import pytest
 
+from lamina_core.config import config as settings
 from tests import devices
 
 
@@ -33,3 +34,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 def device():
     """The device of this run; plain factories of `torch` make tensors on it."""
     return devices.current()
+
+
+@pytest.fixture(autouse=True)
+def _checked_answers(request, monkeypatch):
+    """The exhaustive run checks every answer of every rule, as `LAMINA_DEBUG=1` does."""
+    if request.node.get_closest_marker("exhaustive"):
+        monkeypatch.setattr(settings, "debug", max(settings.debug, 1))

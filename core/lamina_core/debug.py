@@ -6,7 +6,7 @@
 | `with trace_log(): vmap(grad(f))(x)` | one line per op and level |
 | `explain("aten.mul")` | what each transform does with the overloads of an op |
 
-Importing this module also makes `config.debug` 2 and 3 print (see `lamina_core.config`).
+Importing this module also makes `config.debug` check (see `lamina_core.checking`) and print.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import torch
 
+from lamina_core import checking as _checking  # noqa: F401 - what `config.debug` 1 checks
 from lamina_core.config import config, tensor_summary
 from lamina_core.errors import RuleError, message
 from lamina_core.interpreter import Interpreter

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ import torch
 from lamina_core.alias import captured_error, refresh_all, write
 from lamina_core.errors import CapturedTensorError, message
 from lamina_core.interpreter import Interpreter
-from lamina_core.level import Level
+from lamina_core.level import Level, stand_in
 from lamina_core.mode import thread_mode
 from lamina_core.outer import autograd_is_on
 from lamina_core.scopes import run_at
@@ -295,18 +295,13 @@ def _through_autograd(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Ap
 @contextmanager
 def _sealed(custom: Custom) -> Iterator[None]:
     """Let no live level follow what forward does with tensors that are not its arguments."""
-    sealed: list[Interpreter] = []
-    interpreter = thread_mode().top
-    while interpreter is not None:
-        if "process" not in interpreter.__dict__:
-            sealed.append(interpreter)
-            interpreter.__dict__["process"] = _refusal(interpreter, custom)
-        interpreter = interpreter.below
-    try:
+    with ExitStack() as sealed:
+        interpreter = thread_mode().top
+        while interpreter is not None:
+            if not interpreter.stood_in:
+                sealed.enter_context(stand_in(interpreter, _refusal(interpreter, custom)))
+            interpreter = interpreter.below
         yield
-    finally:
-        for interpreter in sealed:
-            del interpreter.__dict__["process"]
 
 
 def _refusal(interpreter: Interpreter, custom: Custom) -> Any:

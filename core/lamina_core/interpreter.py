@@ -37,8 +37,10 @@ class Interpreter(Level):
     transform: ClassVar[str] = ""
     # Whether `detach` makes a constant at a level of this kind.
     differentiates: ClassVar[bool] = False
-    # What `config.debug` 2 and 3 print of a level; set by `lamina_core.debug`, which imports us.
+    # Set by modules that import us. What `config.debug` 2 and 3 print: see `lamina_core.debug`.
     observed: ClassVar[Any] = nullcontext
+    # What `config.debug` checks: see `lamina_core.checking`.
+    checked: ClassVar[Any] = nullcontext
 
     def __init__(self) -> None:
         self.written: list[LevelTensor] = []  # arguments that have been rebound by a write
@@ -70,8 +72,10 @@ class Interpreter(Level):
             if not torch.is_grad_enabled():
                 self._disable_below(mode)
             mode.top = self
-            if config.debug > 1:
-                self._enter(Interpreter.observed(self))
+            if config.debug:
+                self._enter(Interpreter.checked(self))
+                if config.debug > 1:
+                    self._enter(Interpreter.observed(self))
         except BaseException:
             self.__exit__()
             raise

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from lamina_core.errors import message
 
-__all__ = ["Level"]
+__all__ = ["Level", "stand_in"]
 
 
 class Level:
@@ -27,6 +27,7 @@ class Level:
         watch: Whether a plain tensor that requires grad has been met at this level.
         keeps_below: Whether a level below keeps old values.
         asleep: The function whose rule runs below, see `lamina_core.scopes.asleep`.
+        stood_in: Whether another function stands in for `process`, see `stand_in`.
     """
 
     # The class of the wrappers.
@@ -43,6 +44,7 @@ class Level:
     watch: bool = False
     keeps_below: bool = False
     asleep: str | None = None
+    stood_in: bool = False
     # Told `(name, outputs)` of each function with rules of its own that is applied at this level.
     observer: Any = None
 
@@ -93,3 +95,33 @@ class Level:
     def error(self, kind: type[Exception], what: str, *lines: str) -> Exception:
         """Build an error whose second line says where it happened."""
         return kind(message(what, self.where(), *lines))
+
+
+class stand_in:
+    """Lets a function stand in for `level.process` in a block; such blocks may be nested.
+
+    With `checks` it only looks at what the level does, and nobody need know of it.
+    """
+
+    __slots__ = ("before", "checks", "level", "process", "stood_in")
+
+    def __init__(self, level: Level, process: Any, *, checks: bool = False) -> None:
+        self.level = level
+        self.process = process
+        self.checks = checks
+
+    def __enter__(self) -> None:
+        level = self.level
+        self.before = level.__dict__.get("process")
+        self.stood_in = level.stood_in
+        level.__dict__["process"] = self.process
+        if not self.checks:
+            level.stood_in = True
+
+    def __exit__(self, *exc: object) -> None:
+        level = self.level
+        level.stood_in = self.stood_in
+        if self.before is None:
+            del level.__dict__["process"]
+        else:
+            level.__dict__["process"] = self.before

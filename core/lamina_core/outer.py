@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from lamina_core.torch_hooks.autograd import set_grad_enabled
 from lamina_core.torch_hooks.modes import mode_count
 
 __all__ = [
+    "AUTOCAST",
     "BELOW_AUTOGRAD",
     "OuterState",
     "autocast_keys",
+    "autocast_off",
     "autograd_is_on",
     "regain",
 ]
@@ -30,10 +33,10 @@ _AUTOGRAD = keys.DispatchKey.AutogradFunctionality
 _INSIDE_HANDLER: Any = keys.parse_key("PythonTLSSnapshot")  # torch excludes it there
 _AsOutside: Any = keys.OutsideHandler
 _MODES = keys.DispatchKeySet(keys.DispatchKey.Python) | keys.DispatchKeySet(_INSIDE_HANDLER)
-_AUTOCAST = keys.DispatchKeySet(keys.DispatchKey.AutocastCPU)
+AUTOCAST = keys.DispatchKeySet(keys.DispatchKey.AutocastCPU)
 for _name in dir(keys.DispatchKey):
     if _name.startswith("Autocast"):
-        _AUTOCAST = _AUTOCAST | keys.DispatchKeySet(getattr(keys.DispatchKey, _name))
+        AUTOCAST = AUTOCAST | keys.DispatchKeySet(getattr(keys.DispatchKey, _name))
 
 
 def autograd_is_on() -> bool:
@@ -52,9 +55,17 @@ def autocast_keys() -> Any:
     if not nested:
         return None
     if not _is_excluded(_INSIDE_HANDLER):
-        return _AUTOCAST - _exclude_set()
+        return AUTOCAST - _exclude_set()
     with _AsOutside():
-        return _AUTOCAST - _exclude_set()
+        return AUTOCAST - _exclude_set()
+
+
+def autocast_off() -> Any:
+    """A guard under which autocast leaves ops alone: those of rules outside a handler."""
+    return _NO_GUARD if autocast_keys() is None else keys.ExcludeKeys(AUTOCAST)
+
+
+_NO_GUARD = nullcontext()
 
 
 def regain(autocast: Any) -> Any:
@@ -92,7 +103,7 @@ class OuterState:
         if modes and mode_count():
             include = include | _MODES
         if self._uncast is None:
-            self._uncast = self.exclude | _AUTOCAST
+            self._uncast = self.exclude | AUTOCAST
             self._inside = self._uncast | keys.DispatchKeySet(_INSIDE_HANDLER)
         if autocast is not None:
             return _Guard(self, include, self._uncast - autocast)

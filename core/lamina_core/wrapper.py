@@ -185,6 +185,28 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
             )
         return self.value if self.recipe is None else _shown(self)
 
+    def fault(self) -> str | None:
+        """What is wrong with this wrapper, in words; None if nothing is.
+
+        Asked of every wrapper that an op gives under `config.debug`: see `lamina_core.checking`.
+        """
+        return self.unlike(self.value, self.value.shape)
+
+    def unlike(self, value: Any, size: Any) -> str | None:
+        """How this wrapper differs from a value of which one example has the given shape."""
+        if self.shape == size and self.dtype == value.dtype and self.device == value.device:
+            return None
+        mine, its = tensor_summary(self), tensor_summary(value)
+        return f"{mine} on {self.device} stands for {its} on {value.device}"
+
+    def example(self, value: Any) -> Any:
+        """What this wrapper stands for; of many examples, one.
+
+        Args:
+            value: The plain tensor behind its value.
+        """
+        return value
+
     def describe(self) -> str:
         """The fields that the repr shows before the summary of the logical tensor."""
         return f"level={self.interpreter.level}"

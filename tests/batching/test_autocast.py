@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.nn import functional as F
 
-from lamina import grad, jvp, vjp, vmap
+from lamina import grad, hessian, jvp, linear_transpose, linearize, vjp, vmap
 
 BATCH = 3
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -298,3 +298,23 @@ def test_autocast_may_be_switched_off_inside():
         low, high = vmap(f)(x)
     assert (low.dtype, high.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(high, x @ x.mT)
+
+
+def test_autocast_leaves_the_ops_of_rules_alone():
+    """They have the dtypes of the op they belong to, wherever a pass or a program is run."""
+    x = torch.randn(4, 4) + 4 * torch.eye(4)
+    t = torch.randn(4, 4)
+    f = lambda x: torch.linalg.inv(x).square().sum()  # autocast has it computed in float32
+    _, vjp_fn = vjp(torch.linalg.inv, x)
+    _, jvp_fn = linearize(torch.linalg.inv, x)
+    transposed = linear_transpose(lambda t: torch.linalg.inv(x) @ t, t)
+    runs = {
+        "grad": lambda: grad(f)(x),
+        "vjp": lambda: vjp_fn(t)[0],
+        "jvp": lambda: jvp(f, (x,), (t,))[1],
+        "hessian": lambda: hessian(f)(x),
+        "linearize": lambda: jvp_fn(t),
+        "linear_transpose": lambda: transposed(t)[0],
+    }
+    for name, run in runs.items():
+        torch.testing.assert_close(inside(run)(), run(), msg=name)

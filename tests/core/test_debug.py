@@ -15,10 +15,7 @@ import lamina
 from lamina import config, grad, jvp, vjp, vmap
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.batching.interpreter import VmapInterpreter
-from lamina.batching.table import RULES
 from lamina.debug import explain, print_stack, stack_text, trace_log
-from lamina_core.errors import RuleError
-from lamina_core.rules import RuleTable
 
 aten = torch.ops.aten
 X = torch.arange(6.0).reshape(2, 3)
@@ -257,36 +254,6 @@ def test_level_0_prints_nothing(capsys, monkeypatch):
     monkeypatch.setattr(config, "debug", 0)
     vmap(grad(loss))(X)
     assert capsys.readouterr() == ("", "")
-
-
-def wrong_dim(info, in_dims, x):
-    return x, 1
-
-
-def wrong_number(info, in_dims, x):
-    return (x, x), (0,)
-
-
-@pytest.mark.parametrize(
-    ("answer", "complaint"),
-    [
-        (wrong_dim, "output of shape [2, 3, 4] with batch dim 1, but the batch size is 2"),
-        (wrong_number, "2 outputs and 1 out_dims"),
-    ],
-)
-def test_level_1_checks_the_answers_of_rules(answer, complaint, monkeypatch):
-    monkeypatch.setattr(config, "debug", 1)
-    table = RuleTable("batching")
-    table.register(aten.trace.default, answer)
-    monkeypatch.setattr(RULES, "_rules", table._rules)
-    monkeypatch.setattr(VmapInterpreter, "handlers", {})
-    with pytest.raises(RuleError) as caught:
-        vmap(torch.trace)(torch.ones(2, 3, 4))
-    assert str(caught.value).splitlines() == [
-        f"a wrong answer of the batching rule {answer.__module__}.{answer.__name__}",
-        "  while interpreting at level 1: vmap(batch_size=2, randomness='error')",
-        f"  {complaint}",
-    ]
 
 
 def test_level_2_prints_levels(capsys, monkeypatch):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lamina.autodiff.api import grad, jvp
 from lamina.batching.api import vmap
 from lamina_core.errors import LaminaError
+from lamina_core.level import stand_in
 from lamina_core.mode import thread_mode
 from lamina_core.torch_hooks.doors import proof
 from lamina_core.torch_hooks.functions import USUAL_APPLY, original_apply
@@ -52,11 +53,8 @@ def _modes() -> None:
             seen.append(str(op))
             return usual(op, args, kwargs)
 
-        level.__dict__["process"] = process
-        try:
+        with stand_in(level, process):
             return F.linear(x, w)
-        finally:
-            del level.__dict__["process"]
 
     w = _ones(1, 2)
     vmap(watched_linear)(_ones(3, 2))

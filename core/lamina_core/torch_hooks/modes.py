@@ -10,6 +10,7 @@ from lamina_core.torch_hooks.doors import door
 
 __all__ = [
     "DispatchMode",
+    "disable_function_modes",
     "disable_modes",
     "function_mode_count",
     "mode_at",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 disable_modes: Any = door("torch.utils._python_dispatch._disable_current_modes", "metadata alone")
+disable_function_modes: Any = door("torch._C.DisableTorchFunction", "metadata alone")
 
 # Not through `with mode`: that counts in globals for which threads would race.
 push_mode = door("torch._C._push_on_torch_dispatch_stack", "switching the mode of a thread on")

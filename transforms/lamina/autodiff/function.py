@@ -9,6 +9,7 @@ import torch
 from lamina.autodiff.checks import is_differentiable
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node
+from lamina_core.config import config
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
 from lamina_core.mode import thread_mode
 from lamina_core.scopes import run_at
@@ -49,6 +50,8 @@ def _apply_vjp(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: N
             wrapped = interpreter.constant(out)
             if is_differentiable(out) and i not in applied.constant:
                 wrapped.node, wrapped.index = node, i
+                if config.debug:
+                    wrapped.fault()
             out = wrapped
         outs.append(out)
     return applied.lifted(args, outs)

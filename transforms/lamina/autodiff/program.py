@@ -11,6 +11,7 @@ from typing import Any
 
 from lamina_core.alias import stamp
 from lamina_core.errors import MutationError, message
+from lamina_core.outer import autocast_off
 from lamina_core.tensors import map_tensors, tensors_in
 from lamina_core.wrapper import LevelTensor, shares_memory
 
@@ -118,11 +119,17 @@ class Program:
             self.stamps += [(t, step.name, stamp(t)) for t in step.constants()]
 
     def __call__(self, values: Sequence[Any]) -> list[Any]:
-        """Run the program: one tensor per input, to one entry per output."""
+        """Run the program: one tensor per input, to one entry per output.
+
+        Autocast leaves its ops alone, which are those of rules.
+        """
         for tensor, name, sealed in self.stamps:
             if stamp(tensor) != sealed:
                 raise self._written_over(tensor, name)
-        slots: list[Any] = [*values, *[None] * (self.size - len(values))]
+        with autocast_off():
+            return self._run([*values, *[None] * (self.size - len(values))])
+
+    def _run(self, slots: list[Any]) -> list[Any]:
         for step in self.steps:
             args = step.args.copy()
             for position, slot in step.holes:

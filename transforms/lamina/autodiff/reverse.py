@@ -40,6 +40,7 @@ from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompose.table import decomposition_of
 from lamina_core.alias import mutate, record_views
+from lamina_core.config import config
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.recipe import ViewRecipe
@@ -85,6 +86,8 @@ class ReverseInterpreter(HandlerInterpreter):
         self.look(value)
         out = track(self, value, Node("input", None, (), (), ()))
         out.is_input = True
+        if config.debug:
+            out.fault()
         return out
 
     def argument(self, value: Any) -> TrackedTensor:

@@ -16,10 +16,12 @@ import torch
 
 from lamina.autodiff import saved as _saved
 from lamina.autodiff.leaf import LeafTensor
+from lamina.autodiff.likeness import Likeness
 from lamina.autodiff.parts import Part, add_parts, whole
 from lamina_core.alias import stamp
 from lamina_core.config import config
 from lamina_core.errors import MutationError, RuleError, message
+from lamina_core.outer import autocast_off
 from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["Node", "accumulate", "backward", "move_residuals"]
@@ -45,6 +47,7 @@ class Node:
         outputs: How many outputs the op has.
         hooks: What user code wants to be called with, or None.
         versions: What `stamp` says of the residuals that are tensors, to notice writes to them.
+        primals: Under `config.debug` what is known of each output; else it is not set.
     """
 
     __slots__ = (
@@ -53,6 +56,7 @@ class Node:
         "needs",
         "outputs",
         "parents",
+        "primals",
         "pullback",
         "residuals",
         "sequence",
@@ -82,6 +86,14 @@ class Node:
         self.outputs = outputs
         self.sequence = next(_sequence)
         self.versions = _versions(residuals) if versions is None else versions
+
+    primals: dict[int, Likeness]
+
+    def note(self, index: int, primal: Likeness) -> None:
+        """Remember what an output is like, for `config.debug` to compare its cotangent with."""
+        if not hasattr(self, "primals"):
+            self.primals = {}
+        self.primals[index] = primal
 
 
 def _written_over(node: Node, residual: Any) -> MutationError:
@@ -132,12 +144,24 @@ def backward(
 ) -> list[Any]:
     """Pull cotangents of outputs back to inputs; None where an input has no influence.
 
+    Autocast does not act on the ops of the pass: each has the dtypes of the op it belongs to.
+
     Args:
         outputs: The tape position of each output, None for one that is constant.
         cotangents: One per output, None for zero.
         inputs: The nodes whose cotangents are wanted.
         release: Whether to drop residuals as the pass goes; the tape cannot be walked again then.
     """
+    with autocast_off():
+        return _walk(outputs, cotangents, inputs, release)
+
+
+def _walk(
+    outputs: Sequence[tuple[Node, int] | None],
+    cotangents: Sequence[Any],
+    inputs: Sequence[Node],
+    release: bool,
+) -> list[Any]:
     results: dict[int, Any] = dict.fromkeys(node.sequence for node in inputs)
     pending: dict[int, tuple[Node, list[Any]]] = {}
     heap: list[int] = []
@@ -215,6 +239,19 @@ def _check(node: Node, cts: Sequence[Any]) -> None:
         raise RuleError(
             f"the pullback of {node.name} gave {len(cts)} cotangents for {len(node.needs)} operands"
         )
+    for i, (parent, ct) in enumerate(zip(node.parents, cts, strict=True)):
+        if parent is None or ct is None:
+            continue
+        primal = getattr(parent[0], "primals", {}).get(parent[1])
+        if primal is not None and type(ct) is not Part:  # which would have to be filled with zeros
+            fault = primal.fault(ct)
+            if fault is not None:
+                raise RuleError(
+                    message(
+                        f"a wrong answer of the pullback of {node.name}",
+                        f"the cotangent of operand {i} {fault}",
+                    )
+                )
 
 
 def move_residuals(outputs: Sequence[tuple[Node, int] | None], target: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lamina.autodiff.likeness import Likeness
 from lamina.autodiff.tape import Node
 from lamina_core.torch_hooks.tensors import make_wrapper
 from lamina_core.wrapper import LevelTensor, box
@@ -37,6 +38,12 @@ class TrackedTensor(LevelTensor):
         made_by = "constant" if self.node is None else f"by={self.node.name}"
         return f"level={self.interpreter.level}, {made_by}"
 
+    def fault(self) -> str | None:
+        """As any wrapper; and the tape is told what cotangent it may expect."""
+        if self.node is not None:
+            self.node.note(self.index, Likeness(self.value))
+        return super().fault()
+
 
 class DualTensor(LevelTensor):
     """A primal (`value`) and a tangent of the same shape; None is the zero tangent."""
@@ -52,6 +59,11 @@ class DualTensor(LevelTensor):
         """Level, and whether there is a tangent, for the repr."""
         kind = "constant" if self.tangent is None else "dual"
         return f"level={self.interpreter.level}, {kind}"
+
+    def fault(self) -> str | None:
+        """As any wrapper, or a tangent that is not like the primal."""
+        fault = Likeness(self.value).fault(self.tangent)
+        return super().fault() if fault is None else f"the tangent of an output {fault}"
 
 
 def track(interpreter: Any, value: Any, node: Node | None, index: int = 0) -> TrackedTensor:

@@ -36,6 +36,28 @@ class BatchedTensor(LevelTensor):
         size = "" if self.bdim is None else f", size={self.value.shape[self.bdim]}"
         return f"level={self.interpreter.level}, bdim={self.bdim}{size}"
 
+    def fault(self) -> str | None:
+        """A batch dim that is none, or another shape or dtype than an example has."""
+        value, bdim = self.value, self.bdim
+        if bdim is None:
+            return super().fault()
+        size = value.shape[bdim] if 0 <= bdim < value.dim() else None
+        interpreter: Any = self.interpreter
+        if size != interpreter.batch_size:
+            return (
+                f"output of shape {list(value.shape)} with batch dim {bdim}, "
+                f"but the batch size is {interpreter.batch_size}"
+            )
+        return self.unlike(value, value.shape[:bdim] + value.shape[bdim + 1 :])
+
+    def example(self, value: Any) -> Any:
+        """The first example, or zeros if there is none."""
+        if self.bdim is None:
+            return value
+        if value.shape[self.bdim]:
+            return value.select(self.bdim, 0)
+        return value.new_zeros(self.logical)
+
     def dead_value(self) -> Any:
         """An unbatched value stands for itself; a batched one has no meaning outside its vmap."""
         if self.bdim is None or self.interpreter.asleep is not None:

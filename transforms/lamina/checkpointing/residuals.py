@@ -21,6 +21,7 @@ from lamina.checkpointing.rematerialise import HOME, Recording
 from lamina_core import pytree
 from lamina_core.config import tensor_summary
 from lamina_core.debug import calling_line
+from lamina_core.level import stand_in
 from lamina_core.mode import thread_mode
 from lamina_core.schema import facts
 from lamina_core.tensors import tensors_in
@@ -149,11 +150,12 @@ class _Watch:
     def __enter__(self) -> None:
         interpreter: Any = thread_mode().top
         self.interpreter = interpreter
-        interpreter.__dict__["process"] = self._noting(interpreter.process)
+        self.stand_in = stand_in(interpreter, self._noting(interpreter.process), checks=True)
+        self.stand_in.__enter__()
         interpreter.observer = self._observe
 
     def __exit__(self, *exc: object) -> None:
-        del self.interpreter.__dict__["process"]
+        self.stand_in.__exit__()
         self.interpreter.observer = None
 
     def _noting(self, process: Any) -> Any:

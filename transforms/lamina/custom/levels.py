@@ -17,6 +17,7 @@ import torch
 
 from lamina_core.errors import CapturedTensorError, NotDifferentiableError, message
 from lamina_core.interpreter import Interpreter
+from lamina_core.level import stand_in
 from lamina_core.mode import thread_mode
 from lamina_core.overloads import aten
 from lamina_core.tensors import map_tensors, tensors_in
@@ -132,7 +133,6 @@ def watching(name: str, arguments: Sequence[Any]) -> Iterator[set[int]]:
     if top is None:
         yield made
         return
-    replaced = top.__dict__.get("process")
     observer = top.observer
     original = top.process
 
@@ -153,13 +153,11 @@ def watching(name: str, arguments: Sequence[Any]) -> Iterator[set[int]]:
         if observer is not None:
             observer(applied, outs)
 
-    top.__dict__["process"], top.observer = process, observe
+    top.observer = observe
     try:
-        yield made
+        with stand_in(top, process):
+            yield made
     finally:
-        del top.__dict__["process"]
-        if replaced is not None:
-            top.__dict__["process"] = replaced
         top.observer = observer
 
 
