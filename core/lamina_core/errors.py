@@ -214,9 +214,10 @@ class RuleError(LaminaError, RuntimeError):
 
 
 class EscapedTensorError(LaminaError, RuntimeError):
-    """A batched tensor was used after the `vmap` that made it had returned.
+    """A tensor of a transform was used after the transform had returned.
 
-    Inside the mapped function it stands for one example; outside there is no such thing any more.
+    A batched tensor stands for one example inside the mapped function; outside there is no such
+    thing any more. What a derivative was taken of stands for its value, and is no error.
 
     Example:
         >>> import torch

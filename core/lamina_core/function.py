@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from lamina_core.alias import captured_error, refresh_all, write
-from lamina_core.errors import CapturedTensorError, message
+from lamina_core.errors import CapturedTensorError, MissingRuleError, message
 from lamina_core.interpreter import Interpreter
 from lamina_core.level import Level, stand_in
 from lamina_core.mode import thread_mode
@@ -163,6 +163,18 @@ def applying(kind: type[Interpreter]) -> Callable[[Handler], Handler]:
     return register
 
 
+def _inherited_handler(interpreter: Any, custom: Custom) -> Handler:
+    for kind in type(interpreter).__mro__:
+        if kind in _HANDLERS:
+            return _HANDLERS[kind]
+    raise interpreter.error(
+        MissingRuleError,
+        f"{custom.name} has rules of its own, of which {interpreter} says nothing",
+        "to fix: write the function with ordinary ops, or register what the transform does with "
+        "such a function: lamina.extend.applying",
+    )
+
+
 # What stands for a function where the level of an interpreter is not concerned by its arguments.
 _SKIPPED: dict[type[Interpreter], Callable[[Any, Custom], Custom]] = {}
 
@@ -204,7 +216,8 @@ def apply_custom(custom: Custom, args: tuple[Any, ...], needs: Needs) -> Applied
         return _at_the_bottom(custom, args, needs)
     if interpreter.mutated:
         refresh_all(interpreter, args, {})
-    applied = _HANDLERS[type(interpreter)](interpreter, custom, args, needs)
+    handler = _HANDLERS.get(type(interpreter)) or _inherited_handler(interpreter, custom)
+    applied = handler(interpreter, custom, args, needs)
     if interpreter.observer is not None:
         interpreter.observer(custom.name, applied.outs)
     return applied

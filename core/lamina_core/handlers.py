@@ -8,21 +8,19 @@ from typing import Any, ClassVar
 from lamina_core import answers as _answers  # noqa: F401 - what wrappers say of themselves
 from lamina_core.alias import refresh_all
 from lamina_core.dispatch import watched
+from lamina_core.errors import RuleError
 from lamina_core.interpreter import Interpreter
-from lamina_core.tensors import needs_guard
-from lamina_core.wrapper import LevelTensor
 
 __all__ = ["Handler", "HandlerInterpreter"]
 
 # `(interpreter, op, args, kwargs)` -> what the op gives at the level of the interpreter.
 Handler = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
-_CLASSES = LevelTensor.classes
 
 
 class HandlerInterpreter(Interpreter):
     """What the transforms that have a table of rules share.
 
-    A transform subclasses it with `resolve` and a `handlers` of its own.
+    A transform subclasses it with `resolve`.
 
     Attributes:
         handlers: The handlers found so far, by the id of their op.
@@ -30,10 +28,16 @@ class HandlerInterpreter(Interpreter):
 
     handlers: ClassVar[dict[int, Handler]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a transform handlers of its own, unless it says where it keeps them."""
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "handlers"):
+            cls.handlers = {}
+
     @staticmethod
     def resolve(op: Any) -> Handler:
         """Find the handler of an op: called for each op once."""
-        raise NotImplementedError
+        raise RuleError("a HandlerInterpreter has to define resolve(op), which finds a handler")
 
     # HOT: every op of user code inside a transform comes through here (about 0.3 us under vmap).
     def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -46,8 +50,3 @@ class HandlerInterpreter(Interpreter):
         if self.watch:
             return watched(self, handler, op, args, kwargs)
         return handler(self, op, args, kwargs)
-
-    def look(self, value: Any) -> None:
-        """Watch all ops from now on if a value from below needs it (see `needs_guard`)."""
-        if type(value) not in _CLASSES and needs_guard(value):
-            self.watch = True

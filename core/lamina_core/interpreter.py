@@ -15,28 +15,30 @@ from typing import Any, ClassVar
 import torch
 
 from lamina_core.config import config
+from lamina_core.errors import RuleError, message
 from lamina_core.level import Level
 from lamina_core.mode import LevelMode, mode_on, thread_mode
 from lamina_core.outer import BELOW_AUTOGRAD, OuterState
+from lamina_core.tensors import needs_guard
 from lamina_core.torch_hooks.keys import ExcludeKeys
 from lamina_core.torch_hooks.modes import mode_count
-from lamina_core.wrapper import LevelTensor
+from lamina_core.wrapper import LevelTensor, box
 
 __all__ = ["Interpreter"]
+
+_CLASSES = LevelTensor.classes
 
 
 class Interpreter(Level):
     """Owns one level: wraps values that enter it and says what an op on its wrappers means.
 
-    A transform subclasses it with its own wrapper class, `process`, `constant`, `is_constant`,
-    `rebind` and `__str__`. The attributes of `Level` are its state.
+    A transform subclasses it with its own wrapper class, `process`, `constant` and `is_constant`.
+    The attributes of `Level` are its state.
     """
 
     wrapper: ClassVar[type[LevelTensor]]
     # The name of the transform in logs and tables.
     transform: ClassVar[str] = ""
-    # Whether `detach` makes a constant at a level of this kind.
-    differentiates: ClassVar[bool] = False
     # Set by modules that import us. What `config.debug` 2 and 3 print: see `lamina_core.debug`.
     observed: ClassVar[Any] = nullcontext
     # What `config.debug` checks: see `lamina_core.checking`.
@@ -50,6 +52,13 @@ class Interpreter(Level):
 
     def __enter__(self) -> Any:
         """Push: become the top of the calling thread's stack."""
+        if not self.alive:
+            raise RuleError(
+                message(
+                    f"a level of {self} is entered a second time",
+                    "to fix: make one for each run: its wrappers end with it",
+                )
+            )
         mode = thread_mode()
         below = self.below = mode.top
         try:
@@ -109,14 +118,64 @@ class Interpreter(Level):
 
     # -- what a transform defines ------------------------------------------------------------------
 
+    def __str__(self) -> str:
+        """The transform as the user wrote it."""
+        return self.transform or type(self).__name__
+
     @classmethod
     def explain_op(cls, op: Any) -> str:
         """One line on how this transform handles an overload, for `lamina_core.debug.explain`."""
-        raise NotImplementedError
+        return "as its `process` says"
 
     def constant(self, value: Any) -> LevelTensor:
         """Wrap a value that does not depend on what this level transforms."""
-        raise NotImplementedError
+        raise self.error(
+            RuleError,
+            f"{type(self).__name__} does not say what a constant is",
+            "to fix: define constant(self, value), which wraps a value from below",
+        )
+
+    def wrap(self, value: Any, **fields: Any) -> Any:
+        """A wrapper of this level that shows the shape, dtype and device of a value from below.
+
+        Args:
+            value: A tensor of a lower level.
+            fields: What the wrapper holds besides, one for each slot of its class.
+        """
+        cls = self.wrapper
+        if not isinstance(value, torch.Tensor) or fields.keys() != set(cls.fields):
+            raise self._bad_wrapper(value, fields)
+        out = box(cls, value, value.shape, None if value.is_contiguous() else value.stride())
+        out.interpreter = self
+        out.value = value
+        out.recipe = None
+        self.look(value)
+        for name, held in fields.items():
+            setattr(out, name, held)
+            if isinstance(held, torch.Tensor):
+                self.look(held)
+        return out
+
+    def _bad_wrapper(self, value: Any, fields: dict[str, Any]) -> Exception:
+        name = self.wrapper.__name__
+        if not isinstance(value, torch.Tensor):
+            return self.error(
+                RuleError,
+                f"{name} was to be made of something that is no tensor",
+                f"got: {type(value).__name__} {value!r}",
+                "to fix: give wrap() a tensor of a lower level, which says shape, dtype and device",
+            )
+        return self.error(
+            RuleError,
+            f"{name} was to be made with {', '.join(fields) or 'no fields'}",
+            f"its fields, the slots of the class: {', '.join(self.wrapper.fields) or 'none'}",
+            "to fix: give wrap() each of them by its name",
+        )
+
+    def look(self, value: Any) -> None:
+        """Watch all ops from now on if a value from below needs it (see `needs_guard`)."""
+        if type(value) not in _CLASSES and needs_guard(value):
+            self.watch = True
 
     def store(self, target: LevelTensor, new: LevelTensor) -> bool:
         """Write `new` into the memory of `target` where that is sound; say whether it was."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from lamina_core.errors import message
+from lamina_core.errors import RuleError, message
 
 __all__ = ["Level", "stand_in"]
 
@@ -32,6 +32,12 @@ class Level:
 
     # The class of the wrappers.
     wrapper: ClassVar[Any]
+    # Whether a level of this kind differentiates: `detach` makes a constant there, and a wrapper
+    # stands for its value once the level is gone.
+    differentiates: ClassVar[bool] = False
+    # Whether its values are no arguments that a rule for a whole function could be given: what they
+    # carry below it is then no business of such a rule.
+    opaque: ClassVar[bool] = False
     # Whether a level of this kind keeps old values (residuals), which nobody may overwrite then.
     keeps_values: ClassVar[bool] = False
 
@@ -50,15 +56,17 @@ class Level:
 
     def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Say what `op` means at this level; called for every op that reaches it."""
-        raise NotImplementedError
+        raise RuleError(f"{type(self).__name__} has to define process(op, args, kwargs)")
 
     def is_constant(self, wrapper: Any) -> bool:
         """Whether a wrapper of this level carries nothing but its value."""
-        raise NotImplementedError
+        return False
 
     def rebind(self, target: Any, new: Any) -> None:
         """Make `target` stand for what `new` stands for (the end of an in-place write)."""
-        raise NotImplementedError
+        target.value = new.value
+        for name in target.fields:
+            setattr(target, name, getattr(new, name))
 
     def grad_fn(self, wrapper: Any) -> Any:
         """What `wrapper.grad_fn` gives, at a level that keeps a tape; None for an input."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from lamina_core.errors import RuleError, message
 from lamina_core.overloads import is_absent
@@ -47,6 +48,8 @@ class RuleTable:
         transform: The name that messages use, such as "batching".
 
     Attributes:
+        handlers: What an interpreter has made of the rules, by the id of the op; empty again
+            whenever there is a new rule.
         absent: The rules whose op the running torch does not have.
         changed: The rules of Lamina itself whose op is another there than on all tested versions.
 
@@ -63,40 +66,79 @@ class RuleTable:
         True
     """
 
+    # All there are: a rule for all transforms concerns the handlers of each.
+    tables: ClassVar[WeakSet[RuleTable]] = WeakSet()
+
     def __init__(self, transform: str) -> None:
         self.transform = transform
+        self.handlers: dict[int, Any] = {}
+        RuleTable.tables.add(self)
         self.absent: list[Rule] = []
         self.changed: list[Rule] = []
         self._rules: dict[int, Rule] = {}
 
-    def register(self, op: Any, function: Callable[..., Any], *, state: str = "rule") -> None:
-        """Add the rule of one overload."""
+    def register(
+        self,
+        op: Any,
+        function: Callable[..., Any],
+        *,
+        state: str = "rule",
+        replace: bool = False,
+        given: bool = False,
+    ) -> None:
+        """Add the rule of one overload.
+
+        Args:
+            op: The overload.
+            function: What runs.
+            state: One of `STATES`.
+            replace: Whether it may take the place of another.
+            given: Whether it is given by others, for the torch that they run.
+        """
         if not isinstance(op, OpOverload) and not is_absent(op):
+            article = "an" if self.transform[0] in "aeiou" else "a"
             raise RuleError(
                 message(
-                    f"a {self.transform} rule is registered for an OpOverload",
+                    f"{article} {self.transform} rule is registered for an OpOverload",
                     f"got: {type(op).__name__} {getattr(op, '__name__', op)}",
                     "to fix: name the overload, such as aten.sum.dim_IntList",
                 )
             )
         owner = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
         known = self._of(op)
-        if known is not None:
+        if known is not None and not replace:
             raise RuleError(
                 message(
                     f"a second {self.transform} rule for {op}",
                     f"first owner: {known.owner}",
                     f"second owner: {owner}",
-                    "to fix: keep one of the two",
+                    "to fix: keep one of the two; lamina.extend takes replace=True",
                 )
             )
         rule = Rule(op, function, state, owner)
         if is_absent(op):
             self.absent.append(rule)
-        elif owner.startswith(_OURS) and not accepts(op):
+        elif not given and owner.startswith(_OURS) and not accepts(op):
             self.changed.append(rule)
         else:
             self._rules[id(op)] = rule
+            self.handlers.clear()
+
+    @classmethod
+    def forget_handlers(cls) -> None:
+        """Let the handlers of all transforms be made anew."""
+        for table in cls.tables:
+            table.handlers.clear()
+
+    def kept(self) -> Callable[[], None]:
+        """Remember the rules of now; what it returns brings them back."""
+        rules, absent = dict(self._rules), list(self.absent)
+
+        def restore() -> None:
+            self._rules, self.absent = rules, absent
+            self.handlers.clear()
+
+        return restore
 
     def _of(self, op: Any) -> Rule | None:
         """The registered rule of an overload, be it one that serves or not."""

@@ -34,6 +34,45 @@ _NOT_RANDOM = frozenset({"aten::scaled_dot_product_attention"})
 _NOT_VIEWS = frozenset({"aten::contiguous", "aten::lift_fresh", "aten::to"})
 # Views where the memory allows it, and copies elsewhere.
 _MAY_BE_VIEWS = frozenset({"aten::flatten", "aten::reshape"})
+# Besides the views: ops whose results hold elements of their operands, moved, repeated or left out.
+# What writes through a view ends in is among them.
+_STRUCTURAL = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_reshape_copy",
+        "_unsafe_view",
+        "as_strided_scatter",
+        "cat",
+        "clone",
+        "contiguous",
+        "diagonal_scatter",
+        "flip",
+        "lift_fresh",
+        "repeat",
+        "roll",
+        "select_scatter",
+        "slice_scatter",
+        "stack",
+    )
+)
+# Their results depend on the shape, dtype and device of their operands, and on no element.
+_SHAPE_ALONE = frozenset(
+    f"aten::{name}"
+    for name in (
+        "_has_same_storage_numel",
+        "_new_zeros_with_same_feature_meta",
+        "empty_like",
+        "full_like",
+        "is_same_size",
+        "new_empty",
+        "new_empty_strided",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "zeros_like",
+    )
+)
 
 
 def is_tensor_type(kind: str) -> bool:
@@ -62,6 +101,8 @@ class OpFacts:
         is_view: The output shares memory with the first argument, which is not written.
         mutated: Positions (or keyword names) of the arguments that the op writes to.
         is_random: Draws random numbers.
+        is_structural: Its results hold elements of its operands, moved, repeated or left out.
+        shape_alone: Reads the shape, dtype and device of its operands, and none of their elements.
         is_pointwise: Tagged as elementwise.
         is_composite: Made of other ops by a C++ function that `decompose` can run.
         returns: The kinds of the outputs: "tensor", "list" or "other".
@@ -74,6 +115,7 @@ class OpFacts:
         "is_composite",
         "is_pointwise",
         "is_random",
+        "is_structural",
         "is_view",
         "list_args",
         "may_be_view",
@@ -82,6 +124,7 @@ class OpFacts:
         "op",
         "positional",
         "returns",
+        "shape_alone",
         "tensor_args",
         "tensor_kwargs",
     )
@@ -115,6 +158,10 @@ class OpFacts:
         self.is_random = (
             torch.Tag.nondeterministic_seeded in op.tags or schema.name in _ALSO_RANDOM
         ) and schema.name not in _NOT_RANDOM
+        self.shape_alone = schema.name in _SHAPE_ALONE
+        self.is_structural = (
+            self.is_view or self.may_be_view or schema.name in _STRUCTURAL
+        ) and not mutated
         # Overloads of TorchScript alone (aten.any.str) are listed, but the dispatcher lacks them.
         known_to_dispatcher = has_kernel(op.name())
         self.is_composite = known_to_dispatcher and op._can_decompose()

@@ -11,7 +11,13 @@ from typing import Any, ClassVar
 import torch
 
 from lamina_core.config import tensor_summary
-from lamina_core.errors import CapturedTensorError, MissingRuleError, MutationError, message
+from lamina_core.errors import (
+    CapturedTensorError,
+    EscapedTensorError,
+    MissingRuleError,
+    MutationError,
+    message,
+)
 from lamina_core.level import Level
 from lamina_core.mode import thread_mode
 from lamina_core.outer import OuterState
@@ -90,7 +96,9 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
     is_lifted: bool = False
     claims_grad: bool | None = None
 
-    # The slots that hold values of lower levels, for those who look through a wrapper.
+    # What a subclass adds in its slots, and which slots hold values of lower levels, for those who
+    # look through a wrapper: all of them unless the class says so.
+    fields: ClassVar[tuple[str, ...]] = ()
     holds: ClassVar[tuple[str, ...]] = ("value",)
 
     classes: ClassVar[set[type]] = set()
@@ -101,6 +109,10 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Remember every wrapper class, so that `type(x) in classes` tells wrappers apart."""
         super().__init_subclass__(**kwargs)
+        slots = cls.__dict__.get("__slots__", ())
+        cls.fields = (*cls.fields, *((slots,) if isinstance(slots, str) else slots))
+        if "holds" not in cls.__dict__:
+            cls.holds = ("value", *cls.fields)
         LevelTensor.classes.add(cls)
 
     @classmethod
@@ -172,6 +184,7 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
 
         Raises:
             CapturedTensorError: If the level is only asleep, and this has a derivative there.
+            EscapedTensorError: If its value is not all that it stood for.
         """
         interpreter = self.interpreter
         if interpreter.asleep is not None and not interpreter.is_constant(self):
@@ -181,6 +194,15 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
                     f"it belongs to level {interpreter.level}: {interpreter}",
                     f"captured: {self!r}",
                     "to fix: pass the tensor to the function, and save it for the rule",
+                )
+            )
+        if not (interpreter.differentiates or interpreter.is_constant(self)):
+            raise EscapedTensorError(
+                message(
+                    f"{type(self).__name__} of shape {list(self.shape)} is used after its "
+                    "transform has returned",
+                    f"escaped from level {interpreter.level}: {interpreter}",
+                    "to fix: return the tensor from the function instead of storing it",
                 )
             )
         return self.value if self.recipe is None else _shown(self)

@@ -140,9 +140,16 @@ def test_the_log_ends_with_its_block_also_after_an_exception():
 # -- explain ---------------------------------------------------------------------------------------
 
 
+def explained(op):
+    """`explain`, without the transforms that other tests have defined."""
+    ours = ("vjp", "jvp", "vmap")
+    lines = explain(op).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(" ") or line.split()[0] in ours)
+
+
 def test_explain_one_overload():
     assert_expected_inline(
-        explain(aten.dot.default),
+        explained(aten.dot.default),
         """\
 aten.dot.default
   vjp    family (lamina.autodiff.rules.matmul.Multilinear(aten.dot.default))
@@ -153,7 +160,7 @@ aten.dot.default
 
 def test_explain_by_name_with_all_overloads():
     assert_expected_inline(
-        explain("aten.median"),
+        explained("aten.median"),
         """\
 aten.median.default
   vjp    rule (lamina.autodiff.rules.reductions._register_extremum.<locals>.extremum_vjp)
@@ -176,7 +183,7 @@ aten.median.out
 
 def test_explain_an_op_that_writes():
     assert_expected_inline(
-        explain("aten.tanh_.default"),
+        explained("aten.tanh_.default"),
         """\
 aten.tanh_.default
   vjp    family

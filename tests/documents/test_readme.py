@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lamina.extend import temporary_rules
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path
@@ -16,15 +18,17 @@ _CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 
 
-def test_the_code_of_the_readme_runs_from_top_to_bottom():
-    path = ROOT / "README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/extending.md"])
+def test_the_code_of_a_document_runs_from_top_to_bottom(name):
+    path = ROOT / name
     text = path.read_text()
     namespace: dict[str, object] = {}
-    for block in _CODE.finditer(text):
-        # Empty lines in front make tracebacks show the line of the README.
-        before = "\n" * text.count("\n", 0, block.start(1))
-        exec(compile(before + block[1], str(path), "exec"), namespace)
-    assert namespace, "the README has no code any more"
+    with temporary_rules():
+        for block in _CODE.finditer(text):
+            # Empty lines in front make tracebacks show the line of the document.
+            before = "\n" * text.count("\n", 0, block.start(1))
+            exec(compile(before + block[1], str(path), "exec"), namespace)
+    assert namespace, f"{name} has no code any more"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -25,7 +25,7 @@ def test_a_second_batching_rule():
 a second batching rule for aten.trace.default
   first owner: lamina.batching.rules.reductions.trace
   second owner: tests.errors.test_registration.rule
-  to fix: keep one of the two""",
+  to fix: keep one of the two; lamina.extend takes replace=True""",
     )
 
 
@@ -36,7 +36,7 @@ def test_a_second_derivative():
 a second vjp rule for aten.tanh.default
   first owner: lamina.autodiff.rules.activations.Pointwise(aten.tanh.default)
   second owner: tests.errors.test_registration.Pointwise(aten.tanh.default)
-  to fix: keep one of the two""",
+  to fix: keep one of the two; lamina.extend takes replace=True""",
     )
 
 

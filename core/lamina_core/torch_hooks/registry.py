@@ -9,6 +9,7 @@ import torch
 from lamina_core.torch_hooks.doors import door
 
 __all__ = [
+    "CustomOp",
     "OpOverload",
     "all_op_names",
     "custom_ops",
@@ -25,6 +26,7 @@ has_kernel_for = door(
     "torch._C._dispatch_has_kernel_for_dispatch_key", "whether an op has a derivative of its own"
 )
 decompositions = door("torch._decomp.decomposition_table", "ops that are made of others")
+CustomOp: Any = door("torch._library.custom_ops.CustomOpDef", "the overload of a user's op")
 custom_ops = door("torch._library.custom_ops.OPDEFS", "rules that users registered for an op")
 FakeTensor: Any = door("torch._subclasses.FakeTensor", "tensors without values")
 

@@ -44,6 +44,7 @@ __all__ = [
     "Needed",
     "Pointwise",
     "constant",
+    "declare",
     "decomposition",
     "fixed",
     "jvp_rule",
@@ -196,36 +197,48 @@ class Constant:
         self.known = facts(op)
 
 
-def _declare(op: Any, make: type, products: Any, first: Any) -> None:
+def declare(
+    op: Any, make: type, products: Any, first: Any, *, replace: bool = False, given: bool = False
+) -> None:
+    """Register a declaration for both modes.
+
+    Args:
+        op: The overload.
+        make: `Pointwise`, `Linear`, `Multilinear` or `Constant`.
+        products: What it is made with besides the op.
+        first: A function of whoever declares it: messages name its module.
+        replace: Whether it may take the place of another.
+        given: Whether it is given by others, for the torch that they run.
+    """
     # What the products name cannot be looked up in an op that this torch lacks, or has otherwise.
-    other = is_absent(op) or check(op) is not None
+    other = is_absent(op) or (check(op) is not None and not given)
     declaration: Any = Constant(op) if other else make(op, *products)
     # Messages about a second declaration name the module of the first.
     declaration.__module__ = getattr(first, "__module__", __name__)
     declaration.__qualname__ = f"{make.__name__}({op})"
-    REVERSE.register(op, declaration, state="family")
-    FORWARD.register(op, declaration, state="family")
+    REVERSE.register(op, declaration, state="family", replace=replace, given=given)
+    FORWARD.register(op, declaration, state="family", replace=replace, given=given)
 
 
 def pointwise(op: Any, *products: Callable[..., Any] | None) -> None:
     """Declare an elementwise op by one product per tensor operand (see the module)."""
-    _declare(op, Pointwise, (products,), next((p for p in products if p), None))
+    declare(op, Pointwise, (products,), next((p for p in products if p), None))
 
 
 def linear(op: Any, transpose: Callable[..., Any]) -> None:
     """Declare an op linear in its first operand by its transpose `(ct, ...)`."""
-    _declare(op, Linear, (transpose,), transpose)
+    declare(op, Linear, (transpose,), transpose)
 
 
 def multilinear(op: Any, *transposes: Callable[..., Any]) -> None:
     """Declare an op linear in each operand by the transposes `(ct, ...)` in each."""
-    _declare(op, Multilinear, (transposes,), transposes[0])
+    declare(op, Multilinear, (transposes,), transposes[0])
 
 
 def constant(*ops: Any) -> None:
     """Declare ops whose outputs do not depend differentiably on anything."""
     for op in ops:
-        _declare(op, Constant, (), None)
+        declare(op, Constant, (), None)
 
 
 def fixed(op: Any, *places: int) -> None:

@@ -28,7 +28,7 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
-from lamina.decompose.table import decomposition_of
+from lamina.decompose.table import decomposition_of, made_of
 from lamina_core.alias import mutate, record_views
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
 from lamina_core.handlers import Handler, HandlerInterpreter
@@ -52,7 +52,7 @@ class ForwardInterpreter(HandlerInterpreter):
     wrapper = DualTensor
     transform = "jvp"
     differentiates = True
-    handlers: ClassVar[dict[int, Handler]] = {}
+    handlers: ClassVar[dict[int, Handler]] = FORWARD.handlers
 
     def __init__(self, name: str = "jvp") -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
         else:
             found = rule(interpreter, tangents, cut.args, cut.kwargs)
             if found is NotImplemented:  # the rule leaves this call to the ops it is made of
-                return decompose_handler(op.decompose)(interpreter, op, args, kwargs)
+                return decompose_handler(made_of(op))(interpreter, op, args, kwargs)
             value, tangent = found
             if isinstance(value, Tensor) and cut.args and value is cut.args[0]:
                 return args[0]

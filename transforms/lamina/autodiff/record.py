@@ -46,6 +46,7 @@ class RecordedTensor(LevelTensor):
     """
 
     __slots__ = ("slot",)
+    holds = ("value",)
 
     slot: Any
 
@@ -211,7 +212,7 @@ class RecordInterpreter(Interpreter):
         op = known.op
         if op is _CHECK_ERRORS:
             return None  # of zeros it says nothing
-        if op in _OF_THE_SHAPE_ALONE:
+        if known.shape_alone:
             return map_tensors(self.constant, lower(self, op, tuple(given.values), given.kwargs))
         if self.closed is not None:
             if _reads_shapes_alone(op, given.places):
@@ -267,21 +268,6 @@ class RecordInterpreter(Interpreter):
 
 
 _CHECK_ERRORS = aten._linalg_check_errors.default
-_OF_THE_SHAPE_ALONE = frozenset(
-    (
-        aten._has_same_storage_numel.default,
-        aten._new_zeros_with_same_feature_meta.default,
-        aten.empty_like.default,
-        aten.full_like.default,
-        aten.is_same_size.default,
-        aten.new_empty.default,
-        aten.new_full.default,
-        aten.new_ones.default,
-        aten.new_zeros.default,
-        aten.ones_like.default,
-        aten.zeros_like.default,
-    )
-)
 
 
 # The backward of a padding is given what was padded, and looks at its shape.

@@ -38,7 +38,7 @@ from lamina.autodiff.operands import (
 from lamina.autodiff.parts import PARTS, part_pullback
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
-from lamina.decompose.table import decomposition_of
+from lamina.decompose.table import decomposition_of, made_of
 from lamina_core.alias import mutate, record_views
 from lamina_core.config import config
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
@@ -61,7 +61,7 @@ class ReverseInterpreter(HandlerInterpreter):
     transform = "vjp"
     differentiates = True
     keeps_values = True
-    handlers: ClassVar[dict[int, Handler]] = {}
+    handlers: ClassVar[dict[int, Handler]] = REVERSE.handlers
 
     def __init__(self, name: str = "vjp") -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
         else:
             out = record(interpreter, known, rule, cut, positions)
             if out is NotImplemented:  # the rule leaves this call to the ops it is made of
-                return decompose_handler(op.decompose)(interpreter, op, args, kwargs)
+                return decompose_handler(made_of(op))(interpreter, op, args, kwargs)
             if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
                 return args[0]
         if (

@@ -27,6 +27,7 @@ class TrackedTensor(LevelTensor):
     """
 
     __slots__ = ("index", "logical", "node", "strides")
+    holds = ("value",)
 
     node: Node | None
     index: int  # type: ignore[assignment]

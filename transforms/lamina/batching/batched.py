@@ -26,6 +26,7 @@ class BatchedTensor(LevelTensor):
     """
 
     __slots__ = ("bdim", "logical", "strides")
+    holds = ("value",)
 
     bdim: int | None
     logical: Any

@@ -17,7 +17,6 @@ from lamina.batching.fallback import loop_over_examples, note_fallback
 from lamina.batching.operands import pass_unbatched, unwrap
 from lamina.batching.randomness import batch_random
 from lamina.batching.states import (
-    decomposition_under_vmap,
     depends_on_data,
     is_plain_pointwise,
     of_fixed_shape,
@@ -25,7 +24,7 @@ from lamina.batching.states import (
 )
 from lamina.batching.table import RULES, Info
 from lamina.batching.writes import in_place_handler
-from lamina.decompose.table import decomposition_of
+from lamina.decompose.table import decomposition_of, made_of
 from lamina_core.alias import record_views
 from lamina_core.config import config
 from lamina_core.dispatch import pass_down, under_autocast, watched
@@ -62,7 +61,7 @@ def resolve(op: Any) -> Handler:
         return elementwise_handler(known)
     if depends_on_data(op):
         return _data_dependent_handler(known)
-    decomposition = decomposition_under_vmap(op)
+    decomposition = made_of(op)
     if decomposition is not None:
         return _decompose_handler(known, decomposition)
     return _fallback_handler(known)
@@ -92,9 +91,9 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
         except EmptyBatchError:
             answer = loop_over_examples(interpreter, op, values, dims, inner, kwarg_dims)
         if answer is NotImplemented:  # the rule leaves this case to the decomposition
-            made_of = decomposition_of(op) or op.decompose
+            parts: Any = made_of(op)
             with run_at(interpreter, autocast=known.is_composite):
-                return made_of(*args, **kwargs)
+                return parts(*args, **kwargs)
         out, out_dims = answer
         if config.debug:
             _check(interpreter, rule, out, out_dims)

@@ -29,7 +29,7 @@ class VmapInterpreter(HandlerInterpreter):
 
     wrapper = BatchedTensor
     transform = "vmap"
-    handlers: ClassVar[dict[int, Handler]] = {}
+    handlers: ClassVar[dict[int, Handler]] = RULES.handlers
     part: Part | None = None  # set where this is a chunk of a larger batch
 
     def __init__(self, batch_size: int, randomness: str = "error") -> None:

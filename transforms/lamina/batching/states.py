@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from lamina.batching.table import RULES
-from lamina.decompose.table import decomposition_of
+from lamina.decompose.table import decomposition_of, made_of
 from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts, facts
-from lamina_core.torch_hooks.registry import decompositions
 
 __all__ = [
-    "decomposition_under_vmap",
     "depends_on_data",
     "is_plain_pointwise",
     "of_fixed_shape",
@@ -37,7 +35,7 @@ def state_of(op: Any) -> str:
         return "family"
     if depends_on_data(op):
         return "missing"
-    return "generic" if decomposition_under_vmap(op) is None else "decomposed"
+    return "generic" if made_of(op) is None else "decomposed"
 
 
 def depends_on_data(op: Any) -> bool:
@@ -66,17 +64,6 @@ _FIXED_SHAPE = {
 def of_fixed_shape(op: Any) -> str:
     """What to use in place of an op whose output has a shape that depends on values."""
     return _FIXED_SHAPE.get(op, "an op whose output shape does not depend on values")
-
-
-def decomposition_under_vmap(op: Any) -> Any:
-    """Ours, or PyTorch's into other ATen ops; those into its primitives lead nowhere here."""
-    ours = decomposition_of(op)
-    if ours is not None:
-        return ours
-    if facts(op).is_composite:
-        return op.decompose
-    found = decompositions.get(op)
-    return None if found is None or found.__module__.startswith("torch._refs") else found
 
 
 def random_decomposition(op: Any) -> Any:

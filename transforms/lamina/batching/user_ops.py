@@ -27,7 +27,7 @@ from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
 from lamina_core.torch_hooks.registry import OpOverload, custom_ops, has_kernel_for
 
-__all__ = ["registered_rule", "resolve", "state_of", "wrap_answer"]
+__all__ = ["need_answer", "registered_rule", "resolve", "state_of", "wrap_answer"]
 
 Tensor = torch.Tensor
 Rule = Callable[..., Any]
@@ -131,16 +131,26 @@ def wrap_answer(interpreter: Any, name: str, answer: Any) -> Any:
     Raises:
         RuleError: If it is no such pair, or the dims do not fit the outputs.
     """
+    return interpreter.wrap_out(*need_answer(interpreter, name, answer))
+
+
+def need_answer(interpreter: Any, name: str, answer: Any) -> tuple[Any, Any]:
+    """The `(output, out_dims)` of a user's rule, with a dim counted from the front for each output.
+
+    Raises:
+        RuleError: If it is no such pair, or the dims do not fit the outputs.
+    """
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise interpreter.error(
             RuleError,
             f"the vmap of {name} returned {type(answer).__name__}",
             "to fix: return a pair (output, out_dims)",
         )
-    return _wrap(interpreter, name, *answer)
+    out, dims = answer
+    return out, _fitting_dims(interpreter, name, out, dims)
 
 
-def _wrap(interpreter: Any, name: str, out: Any, dim: Any) -> Any:
+def _fitting_dims(interpreter: Any, name: str, out: Any, dim: Any) -> Any:
     if isinstance(out, (tuple, list)):
         if dim is None or isinstance(dim, int):
             dim = (dim,) * len(out)
@@ -150,12 +160,12 @@ def _wrap(interpreter: Any, name: str, out: Any, dim: Any) -> Any:
                 f"the vmap of {name} returned {len(out)} outputs and out_dims {dim!r}",
                 "to fix: return one int or None for each output",
             )
-        wrapped = [_wrap(interpreter, name, o, d) for o, d in zip(out, dim, strict=True)]
-        return wrapped if isinstance(out, list) else tuple(wrapped)
+        return [_fitting_dims(interpreter, name, o, d) for o, d in zip(out, dim, strict=True)]
     if not isinstance(out, Tensor):
-        return out
+        return None
+    interpreter.look(out)
     if dim is None:
-        return interpreter.constant(out)
+        return None
     rank = out.dim()
     size = interpreter.batch_size
     if not isinstance(dim, int) or not -rank <= dim < rank or out.shape[dim] != size:
@@ -165,6 +175,4 @@ def _wrap(interpreter: Any, name: str, out: Any, dim: Any) -> Any:
             f"out_dims {dim!r}",
             f"to fix: name a dim of size {size}, the batch size, or None",
         )
-    wrapped = interpreter.lift(out, dim % rank)
-    wrapped.is_input = False
-    return wrapped
+    return dim % rank

@@ -103,7 +103,7 @@ def _is_mapped(tensor: Any) -> bool:
         interpreter = tensor.interpreter
         batches = interpreter.alive and not interpreter.differentiates
         if batches and not interpreter.is_constant(tensor):
-            return True
+            return not interpreter.opaque
         tensor = tensor.value
     return False
 

@@ -51,6 +51,8 @@ def derivative_levels(tensor: Any) -> list[Any]:
         if not interpreter.alive:
             tensor = tensor.dead_value()
             continue
+        if interpreter.opaque and not interpreter.is_constant(tensor):
+            return found
         if interpreter.tracking() and not interpreter.is_constant(tensor):
             found.append(interpreter)
         tensor = tensor.value

@@ -19,9 +19,11 @@ from lamina.decompose.packed import PACKED
 from lamina.decompose.resampling import RESAMPLED
 from lamina_core.overloads import aten
 from lamina_core.rules import RuleTable
+from lamina_core.schema import facts
 from lamina_core.schema_record import accepts
+from lamina_core.torch_hooks.registry import decompositions
 
-__all__ = ["DECOMPOSED", "decomposition_of"]
+__all__ = ["DECOMPOSED", "decomposition_of", "made_of"]
 
 
 def decomposition_of(op: Any) -> Callable[..., Any] | None:
@@ -31,6 +33,20 @@ def decomposition_of(op: Any) -> Callable[..., Any] | None:
         return rule.function
     late = _BY_NAME.get(op.name())
     return late if late is not None and accepts(op) else None
+
+
+def made_of(op: Any) -> Callable[..., Any] | None:
+    """The function that runs an op as others: ours, or PyTorch's into ops of ATen.
+
+    PyTorch's decompositions into its primitives lead nowhere here.
+    """
+    ours = decomposition_of(op)
+    if ours is not None:
+        return ours
+    if facts(op).is_composite:
+        return op.decompose
+    found = decompositions.get(op)
+    return None if found is None or found.__module__.startswith("torch._refs") else found
 
 
 def _heads(x: Any, num_heads: int) -> Any:

@@ -1,0 +1,1 @@
+"""What `lamina.extend` hands out."""
