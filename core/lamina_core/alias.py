@@ -7,7 +7,8 @@ as its out-of-place counterpart, followed by `write`:
 
 * the wrapper written to is *rebound* to the result: it stands for the new value from now on;
 * if it is a view, its parent is written as well, with the result scattered into the region that the
-  view covers, and so on up to the base;
+  view covers, and so on up to the base; beneath a view that shows an element in several places
+  (`expand`, overlapping windows) what it shows is written, and all else is seen anew;
 * every other view of the group is stale. Versions tell: a view remembers the version of its parent,
   and `refresh` replays its recipe when the two differ. Nothing is done for views nobody uses again.
 
@@ -30,7 +31,7 @@ from lamina_core.interpreter import Interpreter
 from lamina_core.level import Level
 from lamina_core.mode import mode_off
 from lamina_core.recipe import ViewRecipe
-from lamina_core.scatter import scatter
+from lamina_core.scatter import refuse_repeated, scatter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import derivatives_on, run_at
 from lamina_core.tensors import map_tensors, tensors_in
@@ -43,6 +44,7 @@ from lamina_core.torch_hooks.keys import (
 from lamina_core.wrapper import LevelTensor
 
 __all__ = [
+    "captured_error",
     "mutate",
     "mutate_copies",
     "record_views",
@@ -357,6 +359,7 @@ def write(interpreter: Interpreter, known: OpFacts, target: Any, new: Any) -> No
         new = new.to(target.dtype)
     if new is target:
         new = new.clone()
+    refuse_repeated(interpreter, known, target)
     _write(interpreter, target, new)
 
 
@@ -393,7 +396,7 @@ def _write(
         refresh(interpreter, target)
         alone = values_alone or recipe.op is _DETACH
         with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
-            _write(interpreter, recipe.parent, scatter(recipe, new), values_alone=alone)
+            _write(interpreter, *scatter(target, new), values_alone=alone)
         recipe.version = recipe.parent.version
     interpreter.rebind(target, new)
     target.version += 1

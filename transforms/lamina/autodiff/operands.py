@@ -153,6 +153,7 @@ def decompose_handler(decomposition: Any) -> Any:
 _IN_ANY_LAYOUT = {
     aten.view.default: aten.reshape.default._op,
     aten._unsafe_view.default: aten.reshape.default._op,
+    aten.view_as_complex.default: lambda t: torch.view_as_complex(t.contiguous()),
 }
 
 

@@ -37,7 +37,9 @@ def _unary_handler(known: OpFacts) -> Handler:
         x = args[0]
         if type(x) is BatchedTensor and x.interpreter is interpreter:
             if len(args) == 1 and not kwargs:
-                return wrap_like(x, call_one(op, call, x.value))
+                value = x.value
+                out = call_one(op, call, value)
+                return x if out is value else wrap_like(x, out)  # `+x` is x
             return wrap_like(x, call(x.value, *args[1:], **kwargs))
         return pass_unbatched(interpreter, op, args, kwargs)
 

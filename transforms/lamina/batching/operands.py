@@ -11,7 +11,7 @@ from lamina_core.alias import record_views
 from lamina_core.dispatch import lower, pass_down
 from lamina_core.schema import OpFacts, facts
 from lamina_core.tensors import map_tensors, needs_guard, tensors_in
-from lamina_core.wrapper import LevelTensor, strip_dead
+from lamina_core.wrapper import LevelTensor, made_as_view, strip_dead
 
 __all__ = ["pass_unbatched", "unwrap"]
 
@@ -104,6 +104,8 @@ def pass_unbatched(
     if values and out is values[0]:
         return args[0]
     wrapped = map_tensors(interpreter.constant, out)
-    if facts(op).is_view and interpreter.is_own(args[0]):
+    known = facts(op)
+    is_view = known.is_view or (known.may_be_view and made_as_view(out, values[0]))
+    if is_view and interpreter.is_own(args[0]):
         return record_views(wrapped, op, args, kwargs)
     return wrapped

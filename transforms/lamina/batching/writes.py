@@ -16,6 +16,7 @@ from lamina_core.alias import captured_error, mutate
 from lamina_core.dispatch import pass_down
 from lamina_core.errors import MutationError
 from lamina_core.overloads import aten
+from lamina_core.scatter import refuse_repeated, shows_twice
 from lamina_core.schema import OpFacts
 from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
 
@@ -47,6 +48,7 @@ def in_place_handler(known: OpFacts) -> Any:
             if any(_is_batched(interpreter, arg) for arg in args):
                 raise captured_error(interpreter, known.name, target)
             return mutate(interpreter, op, args, kwargs)
+        refuse_repeated(interpreter, known, target)
         level = max((_value_level(interpreter, arg) for arg in args[1:]), default=0)
         mixed = any(isinstance(arg, torch.Tensor) and arg.dtype != target.dtype for arg in args[1:])
         if target.bdim is None or mixed or not _can_store(interpreter, target, level):
@@ -133,11 +135,26 @@ def _can_store(interpreter: Any, target: Any, level: int) -> bool:
     value = target.value
     if target.recipe is not None and _is_copy(target):
         return False
-    if target.bdim is not None and value.shape[target.bdim] > 1 and not value.stride(target.bdim):
+    if _shared(target):
+        if _root(target).is_input:
+            raise interpreter.error(
+                MutationError,
+                "a write to an argument that is mapped over an expanded dim",
+                f"all {interpreter.batch_size} examples are one place in memory",
+                "to fix: pass a clone() of it, or do not write",
+            )
         return False
     if _root(target).is_input:
         return True
+    if shows_twice(target):
+        return False
     return level_of(value) >= level and not interpreter.keeps_below
+
+
+def _shared(target: Any) -> bool:
+    """Whether the examples are one place in memory."""
+    bdim, value = target.bdim, target.value
+    return bdim is not None and value.shape[bdim] > 1 and not value.stride(bdim)
 
 
 def _is_copy(view: Any) -> bool:

@@ -261,6 +261,10 @@ def unsqueeze(info: Any, in_dims: Any, x: Any, dim: int) -> Any:
 )
 def view(info: Any, in_dims: Any, x: Any, size: Any, stride: Any = None) -> Any:
     """[B, *S] -> [B, *size]. Copies where the batch dim separates dims that are merged."""
+    if in_dims[0] == x.dim() - 1 and x.is_contiguous() and x.numel():
+        # The elements of an example are in order, and the wrapper goes on to show it.
+        infer_size(size, x.shape[:-1].numel())
+        return x.reshape(*size, x.shape[-1]), len(size)
     x = batch_first(x, in_dims[0])
     batch = x.shape[0]
     if batch:
@@ -321,8 +325,13 @@ def view_as_real(info: Any, in_dims: Any, x: Any) -> Any:
 
 
 def _last_dense(x: Any, x_bdim: int) -> Any:
-    """The batch dim moved off the last place, and the last dim laid out densely there."""
-    if x_bdim != x.dim() - 1:
-        return x, x_bdim
-    x = batch_first(x, x_bdim)
-    return (x if x.stride(-1) == 1 else x.contiguous()), 0
+    """The batch dim moved off the last place, and the last dim laid out densely there.
+
+    So it is in what an example shows, if that shows as contiguous.
+    """
+    shown = x.is_contiguous() or x_bdim == x.dim() - 1
+    if x_bdim == x.dim() - 1:
+        x, x_bdim = batch_first(x, x_bdim), 0
+    if shown and x.stride(-1) != 1:
+        x, x_bdim = batch_first(x, x_bdim).contiguous(), 0
+    return x, x_bdim
