@@ -44,13 +44,24 @@ def _index_door(
     func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
     """What PyTorch calls in place of a function that is given an index without dims."""
-    if len(types) > 1 and not all(kind in _CLASSES for kind in types):
-        return NotImplemented  # a user's subclass has the first say
+    kwargs = kwargs or {}
     meaning = _MEANINGS.get(func)
-    if meaning is None:  # all but a few
-        return no_torch_function(func, types, args, kwargs or {})
+    if len(types) > 1:
+        others = [kind for kind in types if kind not in _CLASSES]
+        if others and (meaning is None or any(map(_has_its_say, others))):
+            return others[0].__torch_function__(func, tuple(others), args, kwargs)
+    if meaning is None:
+        return no_torch_function(func, types, args, kwargs)
     with torch_function_off():
-        return meaning(*args, **(kwargs or {}))
+        return meaning(*args, **kwargs)
+
+
+_USUAL = getattr(Tensor.__torch_function__, "__func__", None)
+
+
+def _has_its_say(kind: Any) -> bool:
+    """Whether a user's subclass of tensors has a `__torch_function__` of its own."""
+    return getattr(kind.__torch_function__, "__func__", None) is not _USUAL
 
 
 def _read(x: Any, index: Any) -> Any:

@@ -78,8 +78,9 @@ def refuse_repeated(interpreter: Level, known: OpFacts, target: Any) -> None:
     if shows_twice(target) and known.op not in _IDEMPOTENT:
         raise interpreter.error(
             MutationError,
-            f"{known.name} writes to an expanded tensor: several elements are one place in memory",
-            f"it has shape {list(target.shape)} and strides {list(target.stride())}",
+            f"{known.name} writes to an expanded tensor",
+            f"it has shape {list(target.shape)} and strides {list(target.stride())}: elements that "
+            "share a single memory location",
             "to fix: write to a clone() of it",
         )
 

@@ -238,3 +238,24 @@ def test_what_needs_one_number_says_what_does_not(read):
 def test_a_mask_without_dims_has_no_shape_to_give():
     with pytest.raises(DataDependentError):
         vmap(lambda x, i: x[i > 0])(X, I)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: F.cross_entropy(x, y, torch.ones(3, dtype=x.dtype)),
+        lambda x, y: F.nll_loss(x, y),
+        lambda x, y: F.one_hot(y, 4),
+        lambda x, y: F.dropout(y * 1.0, 0.5, training=False),
+        lambda x, y: F.embedding(y, x[:, None]),
+        lambda x, y: torch.norm(y * 1.0),
+        lambda x, y: torch.einsum(",->", y, y),
+    ],
+)
+def test_functions_of_python_take_a_label(call):
+    """They look whether an argument has a `__torch_function__`, and then at its class."""
+    xs, ys = X[:, 0, :3], I % 3
+    want = _looped(call, (0, 0), (xs, ys))
+    torch.testing.assert_close(vmap(call)(xs, ys), want)
+    got = vmap(lambda x, y: grad(lambda x: call(x, y).sum() * x.sum())(x))(xs, ys)
+    assert got.shape == xs.shape

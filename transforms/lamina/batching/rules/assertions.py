@@ -1,4 +1,8 @@
-"""Assertions: they hold for a batch if they hold for every example."""
+"""Assertions: they hold for a batch if they hold for every example.
+
+`torch.distributions` asks `_is_all_true` whether parameters and values are valid, and then for a
+Python bool. One that all examples share is the answer to that, as it is in `torch.func`.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +27,15 @@ def assert_tensor_metadata(info: Any, in_dims: Any, x: Any, *expected: Any, **kw
     if info.batch_size:
         aten._assert_tensor_metadata.default(x.select(in_dims[0], 0), *expected, **kwargs)
     return None, None
+
+
+def _shared_answer(op: Any) -> Any:
+    def rule(info: Any, in_dims: Any, x: Any) -> Any:
+        """[B, *S] -> []: the op itself, for the levels below."""
+        return op(x), None
+
+    return rule
+
+
+for _op in (aten._is_all_true.default, aten._is_any_true.default):
+    batching_rule(_op)(_shared_answer(_op))

@@ -300,18 +300,6 @@ def trace(info: Any, in_dims: Any, x: Any) -> Any:
     return batch_first(x, in_dims[0]).diagonal(0, 1, 2).sum(-1), 0
 
 
-@batching_rule(aten._is_all_true.default)
-def is_all_true(info: Any, in_dims: Any, x: Any) -> Any:
-    """[B, *S] -> [B]"""
-    return _over(aten.all.dims, x, in_dims[0], None, False)
-
-
-@batching_rule(aten._is_any_true.default)
-def is_any_true(info: Any, in_dims: Any, x: Any) -> Any:
-    """[B, *S] -> [B]"""
-    return _over(aten.any.dims, x, in_dims[0], None, False)
-
-
 @batching_rule(aten.allclose.default)
 def allclose(info: Any, in_dims: Any, x: Any, y: Any, *rest: Any, **options: Any) -> Any:
     """[B, *S], [B, *S] -> one Python value for all examples."""
