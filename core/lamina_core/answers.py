@@ -1,4 +1,4 @@
-"""What a wrapper says of itself when user code asks: requires_grad, grad_fn, is_leaf, hooks.
+"""What a wrapper says of itself when user code asks: requires_grad, grad_fn, hooks, data.
 
 Code filters its outputs by `t.requires_grad` and hooks modules by `t.grad_fn`. So a tensor of a
 transform answers as it would if PyTorch's own autograd were at work: it requires grad if any level,
@@ -7,11 +7,15 @@ or the caller's autograd, follows it. Nothing here costs anything until it is as
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
+
 from lamina_core.alias import refresh_levels
-from lamina_core.errors import NotDifferentiableError, message
-from lamina_core.wrapper import LevelTensor
+from lamina_core.errors import MutationError, NotDifferentiableError, message
+from lamina_core.torch_hooks.memory import exchange, guard_memory, making_a_parameter
+from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = ["Followed", "followed_by"]
 
@@ -85,6 +89,11 @@ def requires_grad_(self: Any, requires_grad: bool = True) -> Any:
     """
     if self.requires_grad == requires_grad:
         return self
+    if requires_grad and making_a_parameter(sys._getframe(1)):
+        # It says that it does, as code that makes modules inside a transform expects. Who asks for
+        # its gradient is told what there is instead.
+        self.claims_grad = True
+        return self
     what = (
         "requires_grad_() on a tensor that no transform differentiates"
         if requires_grad
@@ -131,7 +140,69 @@ def register_hook(self: Any, hook: Any) -> Any:
     return found.tensor.register_hook(hook)
 
 
+def _get_data(self: Any) -> Any:
+    """The tensor without its derivative, as `detach` gives it."""
+    return self.detach()
+
+
+def _set_data(self: Any, new: Any) -> None:
+    """Stand for other values, as after a write under `no_grad`.
+
+    What no level follows may change its shape and dtype so, as the parameters of a module do that
+    is made and converted inside.
+    """
+    if (new.shape, new.dtype) == (self.shape, self.dtype):
+        with torch.no_grad():
+            self.copy_(new)
+        return
+    level: Any = self.interpreter
+    followed = level.differentiates and not level.is_constant(self)
+    if followed or self.is_input or not level.alive:
+        raise MutationError(
+            message(
+                f"an assignment to .data of {self!r}",
+                f"what is assigned has another shape or dtype: {new!r}",
+                level.where(),
+                "to fix: go on with the new tensor",
+            )
+        )
+    new = new if level.is_own(new) else level.constant(new)
+    exchange(self, new)
+    level.rebind(self, new)
+    self.recipe = None
+    self.version += 1
+    self.reshaped = self.version
+
+
+def _plain_of_constant(tensor: Any, what: str) -> Any:
+    """The plain tensor that a wrapper stands for at every level."""
+    inner = strip_dead(tensor)
+    while type(inner) in _CLASSES:
+        level = inner.interpreter
+        if not level.is_constant(inner):
+            raise MutationError(
+                message(
+                    f"{what} of a value of a transform",
+                    f"it is {tensor!r}",
+                    level.where(),
+                    "to fix: return the value from the function, and exchange memory outside",
+                )
+            )
+        inner = strip_dead(inner.value)
+    return inner
+
+
+def _each_element(self: Any, *args: Any) -> Any:
+    """Refused: a Python function would be called on memory that is not there."""
+    raise self._without_memory()
+
+
+guard_memory(lambda tensor: type(tensor) in _CLASSES, _plain_of_constant)
+
 _Tensor: Any = LevelTensor
+_Tensor.data = property(_get_data, _set_data)
+for _name in ("apply_", "map_", "map2_"):
+    setattr(_Tensor, _name, _each_element)
 _Tensor.requires_grad = property(_requires_grad, _set_requires_grad)
 _Tensor.grad_fn = property(_grad_fn)
 _Tensor.is_leaf = property(_is_leaf)

@@ -15,7 +15,6 @@ from lamina_core.errors import (
     CapturedTensorError,
     EscapedTensorError,
     MissingRuleError,
-    MutationError,
     message,
 )
 from lamina_core.level import Level
@@ -139,21 +138,6 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
 
     # Rebound in `lamina_core.indexing`.
     index_door: ClassVar[Any] = None
-
-    @property
-    def data(self) -> Any:
-        """The tensor without its derivative, as `detach` gives it."""
-        return self.detach()
-
-    @data.setter
-    def data(self, new: Any) -> None:
-        """Refused: PyTorch exchanges the memory below Python, where no level would see it."""
-        raise MutationError(
-            message(
-                f"an assignment to .data of {self!r}",
-                "to fix: use tensor.copy_(new), or go on with the new tensor",
-            )
-        )
 
     def data_ptr(self) -> int:
         """Refused: there is no memory, and a kernel that is called by its own way would take 0."""
