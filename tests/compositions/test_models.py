@@ -322,3 +322,39 @@ def test_per_sample_gradients_leave_the_model_alone():
     assert identities == {k: id(p) for k, p in model.named_parameters()}
     close(parameters_of(model), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def stop(*args):
+    raise ValueError("stop")
+
+
+class Twice(nn.Module):
+    """One part, reached by two paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.BatchNorm1d(2)
+        self.b = self.a
+        self.c = nn.Sequential(self.a)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_a_part_reached_by_several_paths_gets_its_tensors_back(tie_weights):
+    module = Twice()
+    before = dict(module.named_parameters()) | dict(module.named_buffers())
+    names = dict(module.named_parameters(remove_duplicate=tie_weights))
+    x = torch.randn(4, 2)
+    given = {name: p.detach() * 2 for name, p in names.items()}
+    if not tie_weights:
+        given = {name: given["a." + name.rpartition(".")[2]] for name in given}
+    out = functional_call(module, given, (x,))
+    assert all(now is before[name] for name, now in module.named_parameters())
+    assert isinstance(module.a.weight, nn.Parameter)
+    module.register_forward_hook(stop)
+    with pytest.raises(ValueError, match="stop"):
+        functional_call(module, given, (x,))
+    assert all(now is before[name] for name, now in module.named_parameters())
+    assert out.shape == x.shape

@@ -58,11 +58,40 @@ def test_a_tensor_of_a_transform_as_input():
         grad(lambda x: torch.autograd.grad(y, x)[0].sum())(X)
 
 
-def test_a_tensor_made_inside():
-    """It belongs to the level, whatever it was made of."""
-    w = torch.ones(3, requires_grad=True)
-    with pytest.raises(NotDifferentiableError, match=r"outputs\[0\]: BatchedTensor"):
-        vmap(lambda x: torch.autograd.grad(w.sin().sum(), w)[0])(X)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_is_made_inside_of_captured_tensors_alone(create_graph):
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+
+    def f(x):
+        (found,) = torch.autograd.grad((w**3).sum(), w, create_graph=create_graph)
+        return found * x
+
+    out = vmap(f)(X)
+    torch.testing.assert_close(out, 3 * w.detach() ** 2 * X[:, None], check_stride=False)
+    assert out.requires_grad == create_graph
+    if create_graph:
+        (second,) = torch.autograd.grad(out.sum(), w)
+        torch.testing.assert_close(second, 6 * w.detach() * X.sum())
+
+
+def test_a_mapped_direction_for_what_is_made_inside():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    jacobian = vmap(lambda v: torch.autograd.grad(w**3, w, v)[0])(torch.eye(2))
+    torch.testing.assert_close(jacobian, torch.diag(3 * w.detach() ** 2))
+
+
+@pytest.mark.parametrize("name", ["jacobian", "hessian", "vjp", "jvp", "hvp", "vhp"])
+@pytest.mark.parametrize("transform", [vmap, grad])
+def test_torch_autograd_functional_is_refused(transform, name):
+    def f(x):
+        direction = () if name in ("jacobian", "hessian", "vjp") else (x,)
+        return getattr(torch.autograd.functional, name)(lambda x: (x**2).sum(), x, *direction)
+
+    def run(x):
+        return f(x)[1].sum() if isinstance(f(x), tuple) else f(x).sum()
+
+    with pytest.raises(NotDifferentiableError, match="lamina"):
+        transform(run)(X[None] if transform is vmap else X)
 
 
 def test_requires_grad_is_no_way_around():

@@ -1,6 +1,7 @@
 """Lamina: composable function transforms for PyTorch."""
 
 import lamina.autodiff.engine
+import lamina.autodiff.forward_ad
 import lamina.autodiff.function_jvp
 import lamina.batching.function
 import lamina.checkpoint_policies

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.func import functional_call as _functional_call
 
-from lamina.autodiff.swapped import Swap, swapping
+from lamina.autodiff.swapped import Swap, given_back, reached_twice, swapping, under_one_name
 from lamina_core.errors import StructureError, message
 
 __all__ = ["functional_call", "stack_module_state"]
@@ -47,10 +47,26 @@ def functional_call(
         {'weight': tensor([[1., 2.]])}
     """
     dicts = parameter_and_buffer_dicts
-    several = dicts if isinstance(dicts, (list, tuple)) else [dicts]
+    several: Any = dicts if isinstance(dicts, (list, tuple)) else [dicts]
     tensors = {k: v for d in several if isinstance(d, dict) for k, v in d.items()}
     with swapping(Swap(module, tensors, tie_weights, strict)):
-        return _functional_call(module, dicts, args, kwargs, tie_weights=tie_weights, strict=strict)
+        twice = reached_twice(module)
+        if not twice:
+            return _functional_call(
+                module, dicts, args, kwargs, tie_weights=tie_weights, strict=strict
+            )
+        # Asked to be strict about names, PyTorch wants to see each of them.
+        again = {} if strict and not tie_weights else under_one_name(module, tensors)
+        once = {name: tensor for name, tensor in tensors.items() if name not in again}
+        try:
+            with given_back(twice):
+                return _functional_call(
+                    module, once, args, kwargs, tie_weights=tie_weights, strict=strict
+                )
+        finally:
+            # What the call wrote to buffers is seen in the dicts that were given.
+            for given in several:
+                given.update({name: once[again.get(name, name)] for name in given})
 
 
 def stack_module_state(

@@ -12,6 +12,7 @@ from lamina_core.torch_hooks.doors import door
 __all__ = [
     "forward_ad",
     "forward_enabled",
+    "functorch_is_active",
     "replace_engine",
     "run_engine",
     "set_grad_enabled",
@@ -23,6 +24,9 @@ set_grad_enabled = door("torch._C._set_grad_enabled", "the grad mode of the call
 # Read as `forward_ad._current_level`, as a function around it would cost each op 60 ns.
 door("torch.autograd.forward_ad._current_level", "whether the caller differentiates forward")
 forward_enabled = door("torch.autograd.forward_ad._set_fwd_grad_enabled", "borrowed tangents")
+
+# Not one of its transforms: whether code of torch.func is running between us and the user.
+functorch_is_active = door("torch._C._are_functorch_transforms_active", "telling its levels apart")
 
 # Every call of the engine passes through this function, looked up by name each time.
 run_engine = door("torch.autograd._engine_run_backward", "errors for tensors of a transform")

@@ -20,7 +20,7 @@ from lamina.autodiff.checks import (
 )
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
-from lamina.autodiff.runs import run_forward, run_reverse
+from lamina.autodiff.runs import run_forward, run_reverse, unshared
 from lamina_core import pytree
 from lamina_core.errors import TangentError
 from lamina_core.mode import mode_off
@@ -248,5 +248,5 @@ def jvp(
             "to fix: pass strict=False to get a zero tangent",
         )
     run.write_back()
-    out_t = run.filled(run.tangents)
+    out_t = run.filled(unshared(run.tangents, pushed))
     return (out, out_t, run.aux) if has_aux else (out, out_t)

@@ -10,7 +10,7 @@ import torch
 from lamina.autodiff.checks import is_differentiable, likes, match, need_differentiable
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.record import RecordInterpreter
-from lamina.autodiff.runs import run_forward
+from lamina.autodiff.runs import run_forward, unshared
 from lamina_core import pytree
 
 __all__ = ["linearize"]
@@ -80,7 +80,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
             for t, leaf in zip(pushed, leaves, strict=True)
             if is_differentiable(leaf)
         ]
-        return finish(program(values))
+        return finish(unshared(program(values), values))
 
     out = pytree.unflatten(run.out_spec, run.values)
     return (out, jvp_fn, run.aux) if has_aux else (out, jvp_fn)

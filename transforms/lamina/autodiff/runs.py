@@ -15,9 +15,9 @@ from lamina.autodiff.tape import Node, backward, move_residuals
 from lamina_core import pytree
 from lamina_core.alias import refresh_all
 from lamina_core.mode import mode_off
-from lamina_core.wrapper import LevelTensor, strip_dead
+from lamina_core.wrapper import LevelTensor, plain_of, strip_dead
 
-__all__ = ["ForwardRun", "ReverseRun", "run_forward", "run_reverse"]
+__all__ = ["ForwardRun", "ReverseRun", "run_forward", "run_reverse", "unshared"]
 
 _CLASSES = LevelTensor.classes
 Tensor = torch.Tensor
@@ -244,6 +244,24 @@ def run_forward(
         run.tangents = [o.tangent if interpreter.is_own(o) else None for o in outs]
     run.written = _written(interpreter, wrappers)
     return run
+
+
+def unshared(tangents: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """Tangents of outputs, none of them in the memory of one that the caller gave.
+
+    An identity, a view or a sum with a constant hands a tangent on as it is, and a write to the
+    result would reach the caller's.
+    """
+    taken = {_memory(t) for t in given if isinstance(t, Tensor)}
+    return [t.clone() if isinstance(t, Tensor) and _memory(t) in taken else t for t in tangents]
+
+
+def _memory(tensor: Any) -> int:
+    plain = plain_of(tensor)
+    try:
+        return int(plain.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # as sparse tensors have it
+        return id(plain)
 
 
 def _written(interpreter: Any, wrappers: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

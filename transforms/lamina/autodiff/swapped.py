@@ -16,7 +16,15 @@ import torch
 
 from lamina_core.torch_hooks.modules import with_tensors
 
-__all__ = ["Swap", "in_place", "present", "swapping"]
+__all__ = [
+    "Swap",
+    "given_back",
+    "in_place",
+    "present",
+    "reached_twice",
+    "swapping",
+    "under_one_name",
+]
 
 
 class Swap(NamedTuple):
@@ -52,11 +60,61 @@ def swapping(swap: Swap) -> Iterator[None]:
         _thread.swaps = before
 
 
+def reached_twice(module: torch.nn.Module) -> list[Any]:
+    """The parts of a module that it reaches by several paths, itself included."""
+    seen: set[int] = set()
+    twice: list[Any] = []
+    pending: list[Any] = [module]
+    while pending:
+        part = pending.pop()
+        if part is None:
+            continue
+        if id(part) in seen:
+            twice.append(part)
+            continue
+        seen.add(id(part))
+        pending.extend(part._modules.values())
+    return twice
+
+
+@contextmanager
+def given_back(twice: Sequence[Any]) -> Iterator[None]:
+    """See that parts which a module reaches by several paths get back what they held.
+
+    PyTorch swaps their tensors once for each path, and the second time takes the first one's for
+    what was there before.
+    """
+    kept = [(held, dict(held)) for part in twice for held in (part._parameters, part._buffers)]
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            held.update(before)
+
+
+def under_one_name(module: torch.nn.Module, tensors: dict[str, Any]) -> dict[str, str]:
+    """For each name that means the same place as an earlier one, the earlier one."""
+    first: dict[tuple[int, str], str] = {}
+    again: dict[str, str] = {}
+    for name in tensors:
+        path, _, attribute = name.rpartition(".")
+        try:
+            place = id(module.get_submodule(path)), attribute
+        except AttributeError:
+            continue  # an unknown name, which PyTorch has its own error for
+        if place in first:
+            again[name] = first[place]
+        else:
+            first[place] = name
+    return again
+
+
 @contextmanager
 def in_place(swaps: Sequence[Swap]) -> Iterator[None]:
     """Put the tensors of swaps into their modules again while the block runs."""
     with ExitStack() as stack:
         for swap in swaps:
+            stack.enter_context(given_back(reached_twice(swap.module)))
             stack.enter_context(
                 with_tensors(
                     swap.module,
