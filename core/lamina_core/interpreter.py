@@ -20,6 +20,7 @@ from lamina_core.level import Level
 from lamina_core.mode import LevelMode, mode_on, thread_mode
 from lamina_core.outer import BELOW_AUTOGRAD, OuterState
 from lamina_core.tensors import needs_guard
+from lamina_core.torch_hooks.doors import UNPROVED, require_proofs
 from lamina_core.torch_hooks.keys import ExcludeKeys
 from lamina_core.torch_hooks.modes import mode_count
 from lamina_core.wrapper import LevelTensor, box
@@ -73,6 +74,8 @@ class Interpreter(Level):
                     torch.set_autocast_cache_enabled(False)
                     self._undo.append(_CACHE_AGAIN)
             else:
+                if "nesting" in UNPROVED:
+                    require_proofs("nesting")
                 self.level = below.level + 1
                 if not mode.is_on():
                     # User code called from inside a rule: torch has switched the mode off there.

@@ -18,7 +18,7 @@ from lamina import grad, vmap
 from lamina_core.errors import TorchHookError
 from lamina_core.torch_hooks import doors
 from lamina_core.torch_hooks.autograd import replace_engine, run_engine
-from lamina_core.torch_hooks.doors import DOORS, door, prove, require_proofs
+from lamina_core.torch_hooks.doors import DOORS, door, proof, prove, require_proofs
 from lamina_core.torch_hooks.functions import USUAL_APPLY
 from lamina_core.wrapper import LevelTensor
 
@@ -113,7 +113,7 @@ def test_a_function_door_that_is_not_reached(monkeypatch):
     try:
         assert "torch.autograd.Function" in failing()
         with pytest.raises(TorchHookError, match=r"is not hooked: torch\.autograd\.Function"):
-            require_proofs()
+            require_proofs("import")
     finally:
         owner.apply = ours
 
@@ -166,11 +166,54 @@ def test_a_proof_that_fails_says_what_was_found(monkeypatch):
     def check():
         raise AssertionError("3 where 2 is right")
 
-    monkeypatch.setattr(doors, "_PROOFS", [("a door", "an example", check)])
+    monkeypatch.setattr(doors, "_CHECKS", [])
+    proof("a door", "an example", when="nesting")(check)
+    require_proofs("import")
     with pytest.raises(TorchHookError) as caught:
-        require_proofs()
+        require_proofs("nesting")
     assert "is not hooked: a door" in str(caught.value)
     assert "found: AssertionError: 3 where 2 is right" in str(caught.value)
+    # Nothing that relies on it goes on, however often it is tried.
+    with pytest.raises(TorchHookError, match="is not hooked: a door"):
+        vmap(grad(torch.sin))(torch.ones(3))
+    doors.UNPROVED.discard("nesting")
+
+
+USES = """
+import sys, torch, lamina
+from torch.utils.checkpoint import checkpoint
+from lamina_core.torch_hooks.doors import UNPROVED
+
+def so_far():
+    heavy = ("torch.distributed.tensor", "torch._dynamo")
+    print(sorted(UNPROVED), [name for name in heavy if name in sys.modules])
+
+x = torch.ones(3)
+so_far()
+lamina.grad(lambda x: (x * x).sum())(x)
+lamina.vmap(torch.sin)(x)
+so_far()
+lamina.vmap(lamina.grad(torch.sin))(x)
+so_far()
+lamina.grad(lambda x: checkpoint(torch.sin, x, use_reentrant=False).sum())(x)
+so_far()
+"""
+
+
+def test_what_torch_takes_long_to_get_ready_for_is_proved_at_its_first_use():
+    run = subprocess.run(
+        [sys.executable, "-c", USES],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.stdout.splitlines() == [
+        "['checkpoint', 'nesting'] []",
+        "['checkpoint', 'nesting'] []",
+        "['checkpoint'] ['torch.distributed.tensor']",
+        "[] ['torch.distributed.tensor', 'torch._dynamo']",
+    ]
 
 
 class Reverse(torch.autograd.Function):

@@ -55,7 +55,17 @@ def test_custom_rules_and_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    ["conv_weights", "linearize", "memory", "models", "networks", "overhead", "rows", "vmap_ops"],
+    [
+        "conv_weights",
+        "import_time",
+        "linearize",
+        "memory",
+        "models",
+        "networks",
+        "overhead",
+        "rows",
+        "vmap_ops",
+    ],
 )
 def test_benchmark(script, tmp_path):
     saved = tmp_path / "saved.json"

@@ -1,7 +1,10 @@
 """`door`: a private part of torch, found or clearly missed; `proof`: a use of it, tried.
 
 A name that torch no longer has is an error at import, and so is a door that is there but leads
-nowhere: the proofs run when `lamina` is imported, and again in `python -m lamina.doctor`.
+nowhere: the proofs run when `lamina` is imported, and again in `python -m lamina.doctor`. Two kinds
+wait for their first use, as torch takes more than a second to get ready for them: nested transforms
+(it imports `torch.distributed.tensor` for the first op on a wrapper that no mode sees) and
+checkpoints (it imports its compiler).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 
 from lamina_core.errors import TorchHookError, message
 
-__all__ = ["DOORS", "Proof", "door", "proof", "prove", "require_proofs"]
+__all__ = ["DOORS", "UNPROVED", "Proof", "door", "proof", "prove", "require_proofs"]
 
 # The doors that have been opened: dotted name -> what for.
 DOORS: dict[str, str] = {}
@@ -73,28 +76,50 @@ class Proof(NamedTuple):
     detail: str
 
 
-_PROOFS: list[tuple[str, str, Callable[[], None]]] = []
+class _Check(NamedTuple):
+    name: str
+    reason: str
+    check: Callable[[], None]
+    when: str
 
 
-def proof(name: str, reason: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Register a function that uses a door and raises unless it leads where it has to."""
+_CHECKS: list[_Check] = []
+# What has not been proved so far; whoever is about to rely on it calls `require_proofs`.
+UNPROVED = {"import", "nesting", "checkpoint"}
+
+
+def proof(
+    name: str, reason: str, *, when: str = "import"
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Register a function that uses a door and raises unless it leads where it has to.
+
+    Args:
+        name: What is tried.
+        reason: What Lamina needs it for.
+        when: One of `UNPROVED`: before the end of the import, the first nested transform, or the
+            first checkpoint inside a transform.
+    """
 
     def register(check: Callable[[], None]) -> Callable[[], None]:
-        _PROOFS.append((name, reason, check))
+        _CHECKS.append(_Check(name, reason, check, when))
         return check
 
     return register
 
 
-def prove() -> list[Proof]:
+def prove(when: str | None = None) -> list[Proof]:
     """Try every door: a few milliseconds, in a thread that nothing of the caller's reaches.
 
     Modes, guards and defaults belong to a thread, and an import may be met inside any of them.
+
+    Args:
+        when: Which proofs; all if it is None.
     """
     found: list[Proof] = []
+    checks = [check for check in _CHECKS if when in (None, check.when)]
 
     def run() -> None:
-        for name, reason, check in _PROOFS:
+        for name, reason, check, _ in checks:
             try:
                 check()
             except Exception as error:  # whatever it is, the door does not lead where it has to
@@ -108,14 +133,19 @@ def prove() -> list[Proof]:
     return found
 
 
-def require_proofs() -> None:
+def require_proofs(when: str) -> None:
     """Raise for the first door that leads nowhere.
+
+    Args:
+        when: Which proofs: one of `UNPROVED`, of which it is taken if all is well.
 
     Raises:
         TorchHookError: If there is one.
     """
-    for name, reason, ok, detail in prove():
+    UNPROVED.discard(when)  # the proofs rely on it
+    for name, reason, ok, detail in prove(when):
         if not ok:
+            UNPROVED.add(when)
             raise TorchHookError(
                 message(
                     f"torch {torch.__version__} is not hooked: {name}",

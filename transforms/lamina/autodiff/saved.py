@@ -33,6 +33,7 @@ from lamina_core.interpreter import Interpreter
 from lamina_core.mode import thread_mode
 from lamina_core.outer import OuterState
 from lamina_core.scopes import revived, run_at
+from lamina_core.torch_hooks.doors import UNPROVED, require_proofs
 from lamina_core.torch_hooks.saving import (
     GraphExecGroup,
     checkpoint_hook,
@@ -306,6 +307,15 @@ def _pack_as_it_is(pack_hook: Any, tensor: Any) -> Any:
         del tensor.__dict__["claims_grad"]
 
 
+def _inside() -> bool:
+    """Whether a checkpoint that is being made belongs to a transform."""
+    if thread_mode().top is None:
+        return False
+    if "checkpoint" in UNPROVED:
+        require_proofs("checkpoint")
+    return True
+
+
 def _install() -> None:
     enter, leave = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
     counting = threading.Lock()
@@ -314,7 +324,7 @@ def _install() -> None:
     def __enter__(self: Any) -> None:
         global active
         hooks = _Hooks(self)
-        if hooks.recomputes and (hooks.top is not None or hooks.swaps):
+        if hooks.recomputes and (_inside() or hooks.swaps):
             # The user's own autograd may be the first to ask for a tensor.
             self.unpack_hook = hooks.unpack
         if hooks.recomputes:
@@ -337,4 +347,4 @@ def _install() -> None:
 
 
 _install()
-keep_checkpoint_inputs(lambda: thread_mode().top is not None)
+keep_checkpoint_inputs(_inside)
