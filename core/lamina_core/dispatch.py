@@ -22,10 +22,10 @@ from lamina_core import indexing as _indexing  # noqa: F401 - gives wrappers the
 from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers their operators
 from lamina_core.interpreter import Interpreter
 from lamina_core.mode import thread_mode
-from lamina_core.outer import autocast_keys, regain
+from lamina_core.outer import among_others, autocast_keys, regain
 from lamina_core.schema import facts
 from lamina_core.tensors import map_tensors, needs_guard, tensors_in
-from lamina_core.torch_hooks.autograd import forward_ad
+from lamina_core.torch_hooks.autograd import forward_ad, functorch_depth
 from lamina_core.wrapper import LevelTensor, highest_interpreter, made_as_view, strip_dead
 
 __all__ = [
@@ -55,7 +55,9 @@ def native(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if highest_interpreter(args, kwargs) is not None:
             return op(*args, **kwargs)
     outer = thread_mode().outer
-    if outer is not None and (facts(op).mutated or any(needs_guard(tensor) for tensor in tensors)):
+    if outer is not None and (
+        outer.sees_all or facts(op).mutated or any(needs_guard(tensor) for tensor in tensors)
+    ):
         with outer.guard():
             return copied(*args, **kwargs) if op is _COPY else op(*args, **kwargs)
     return op(*args, **kwargs)
@@ -162,7 +164,11 @@ def watched(
     level as constants, so that every op of the rule is seen there and ends in the first case.
     """
     outer = thread_mode().outer
-    if outer is None or not (outer.grad_enabled or forward_ad._current_level >= 0):
+    if outer is not None and outer.sees_all and functorch_depth() != outer.depth:
+        raise among_others(interpreter)
+    if outer is None or not (
+        outer.sees_all or outer.grad_enabled or forward_ad._current_level >= 0
+    ):
         # Under no_grad around the transforms nobody outside asks, and the guard would switch off
         # this level as well, whose handler looks at the same flag.
         return handler(interpreter, op, args, kwargs)
@@ -179,7 +185,7 @@ def watched(
                     highest is None or value.interpreter.level > highest.level
                 ):
                     highest = value.interpreter
-            elif isinstance(value, Tensor) and needs_guard(value):
+            elif isinstance(value, Tensor) and (outer.sees_all or needs_guard(value)):
                 guarded = True
                 if mine:
                     own.append((tensor, name))
@@ -191,7 +197,7 @@ def watched(
     level = highest
 
     def lift(tensor: Any) -> Any:
-        if type(tensor) in _CLASSES or not needs_guard(tensor):
+        if type(tensor) in _CLASSES or not (outer.sees_all or needs_guard(tensor)):
             return tensor
         wrapped = level.constant(tensor)
         wrapped.is_input = wrapped.is_lifted = True

@@ -18,8 +18,9 @@ from lamina_core.config import config
 from lamina_core.errors import RuleError, message
 from lamina_core.level import Level
 from lamina_core.mode import LevelMode, mode_on, thread_mode
-from lamina_core.outer import BELOW_AUTOGRAD, OuterState
+from lamina_core.outer import BELOW_AUTOGRAD, BELOW_TRACING, OuterState, among_others
 from lamina_core.tensors import needs_guard
+from lamina_core.torch_hooks.autograd import functorch_is_active
 from lamina_core.torch_hooks.doors import UNPROVED, require_proofs
 from lamina_core.torch_hooks.keys import ExcludeKeys
 from lamina_core.torch_hooks.modes import mode_count
@@ -66,7 +67,8 @@ class Interpreter(Level):
             if below is None:
                 self.level = 1
                 mode.outer = OuterState()
-                self._enter(ExcludeKeys(BELOW_AUTOGRAD))
+                sees_all = mode.outer.sees_all
+                self._enter(ExcludeKeys(BELOW_TRACING if sees_all else BELOW_AUTOGRAD))
                 self._enter(mode_on(mode))
                 mode.depth = mode_count()
                 if torch.is_autocast_cache_enabled():
@@ -81,6 +83,11 @@ class Interpreter(Level):
                     # User code called from inside a rule: torch has switched the mode off there.
                     self._enter(mode_on(mode))
                 self.keeps_below = below.keeps_values or below.keeps_below
+            outer: Any = mode.outer
+            if outer is not None and outer.sees_all:
+                self.watch = True
+            elif functorch_is_active():
+                raise among_others(self)
             if not torch.is_grad_enabled():
                 self._disable_below(mode)
             mode.top = self

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from lamina_core.errors import StructureError
 from lamina_core.torch_hooks import keys
-from lamina_core.torch_hooks.autograd import set_grad_enabled
+from lamina_core.torch_hooks.autograd import functorch_depth, functorch_is_active, set_grad_enabled
 from lamina_core.torch_hooks.modes import mode_count
 
 __all__ = [
     "AUTOCAST",
     "BELOW_AUTOGRAD",
+    "BELOW_TRACING",
     "OuterState",
+    "among_others",
     "autocast_keys",
     "autocast_off",
     "autograd_is_on",
@@ -26,6 +29,12 @@ __all__ = [
 _outside = keys.excluded_keys()
 with keys.BelowADInplaceOrView():
     BELOW_AUTOGRAD = keys.excluded_keys() - _outside
+
+# Those of torch.func, and of tracing before dispatch, off where we are called inside one of them:
+# an op of user code is ours first, and what it comes to on plain tensors is theirs.
+BELOW_TRACING = BELOW_AUTOGRAD
+for _name in ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "PreDispatch"):
+    BELOW_TRACING = BELOW_TRACING | keys.DispatchKeySet(getattr(keys.DispatchKey, _name))
 
 _is_excluded = keys.is_excluded
 _exclude_set = keys.excluded_keys
@@ -81,7 +90,7 @@ class OuterState:
     then the op has been cast where it was met.
     """
 
-    __slots__ = ("_inside", "_uncast", "exclude", "grad_enabled", "include")
+    __slots__ = ("_inside", "_uncast", "depth", "exclude", "grad_enabled", "include", "sees_all")
 
     def __init__(self) -> None:
         self.include = keys.included_keys()
@@ -90,6 +99,9 @@ class OuterState:
         self._uncast: Any = None
         self._inside: Any = None
         self.grad_enabled = True  # cleared while a level is pushed under no_grad
+        # Whether the caller has to see every op on plain tensors: its own are hidden among them.
+        self.sees_all = functorch_is_active() or self.include.has(keys.DispatchKey.PreDispatch)
+        self.depth = functorch_depth() if self.sees_all else 0
 
     def guard(self, autocast: Any = None, *, modes: bool = False) -> _Guard:
         """Run a block under this state (1 us, so only where a plain tensor requires grad).
@@ -131,3 +143,14 @@ class _Guard:
     def __exit__(self, *exc: object) -> None:
         set_grad_enabled(self.grad_enabled)
         self.keys.__exit__(None, None, None)
+
+
+def among_others(level: Any) -> Exception:
+    """The error for levels of torch.func and ours that take turns."""
+    error: Exception = level.error(
+        StructureError,
+        "transforms of torch.func and of Lamina are nested in turns",
+        "torch.func inside Lamina works, and Lamina inside torch.func, but not both at once",
+        "to fix: import all of them from lamina, whose interface is that of torch.func",
+    )
+    return error

@@ -12,6 +12,7 @@ from lamina_core.torch_hooks.doors import door
 __all__ = [
     "forward_ad",
     "forward_enabled",
+    "functorch_depth",
     "functorch_is_active",
     "replace_engine",
     "run_engine",
@@ -27,6 +28,11 @@ forward_enabled = door("torch.autograd.forward_ad._set_fwd_grad_enabled", "borro
 
 # Not one of its transforms: whether code of torch.func is running between us and the user.
 functorch_is_active = door("torch._C._are_functorch_transforms_active", "telling its levels apart")
+
+# How many levels of torch.func there are, to notice those that we would be among.
+functorch_depth = door(
+    "torch._C._functorch.get_dynamic_layer_stack_depth", "refusing torch.func inside us inside it"
+)
 
 # Every call of the engine passes through this function, looked up by name each time.
 run_engine = door("torch.autograd._engine_run_backward", "errors for tensors of a transform")

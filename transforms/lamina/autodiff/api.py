@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.runs import run_forward, run_reverse, unshared
 from lamina_core import pytree
 from lamina_core.errors import TangentError
-from lamina_core.mode import mode_off
+from lamina_core.mode import mode_off, thread_mode
 
 __all__ = ["grad", "grad_and_value", "jvp", "value_and_grad", "vjp"]
 
@@ -156,7 +157,9 @@ def grad_and_value(
         interpreter = ReverseInterpreter("grad")
         run = run_reverse(interpreter, func, args, chosen, kwargs, has_aux)
         loss = scalar_loss(interpreter, run.values, run.out_spec, holomorphic=holomorphic)
-        with mode_off():  # one seed serves every example and every level
+        # One seed serves every example and every level, unless the caller has to see it made.
+        outer = thread_mode().outer
+        with nullcontext() if outer is not None and outer.sees_all else mode_off():
             seed = torch.ones((), dtype=loss.dtype, device=loss.device)
         grads = run.pull([seed], release=True)
         run.write_back(keep=False)
