@@ -33,7 +33,7 @@ from lamina_core.mode import mode_off
 from lamina_core.recipe import ViewRecipe
 from lamina_core.scatter import refuse_repeated, scatter
 from lamina_core.schema import OpFacts, facts
-from lamina_core.scopes import derivatives_on, run_at
+from lamina_core.scopes import run_at
 from lamina_core.tensors import map_tensors, tensors_in
 from lamina_core.torch_hooks.keys import (
     BelowADInplaceOrView,
@@ -41,99 +41,18 @@ from lamina_core.torch_hooks.keys import (
     DispatchKeySet,
     ExcludeKeys,
 )
+from lamina_core.views import refresh
 from lamina_core.wrapper import LevelTensor
 
 __all__ = [
     "captured_error",
     "mutate",
     "mutate_copies",
-    "record_views",
-    "refresh",
-    "refresh_all",
-    "refresh_levels",
-    "stamp",
     "write",
 ]
 
 _CLASSES = LevelTensor.classes
 aten = torch.ops.aten
-
-
-def record_views(out: Any, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Give the outputs of a view op their recipes, and return them."""
-    parent = args[0]
-    if isinstance(out, (list, tuple)):
-        for index, item in enumerate(out):
-            item.recipe = ViewRecipe(parent, op, args[1:], kwargs, index)
-    elif out is not parent:
-        out.recipe = ViewRecipe(parent, op, args[1:], kwargs, None)
-    return out
-
-
-def refresh(interpreter: Level, view: LevelTensor) -> None:
-    """Bring a view up to date with its base."""
-    recipe = view.recipe
-    if recipe is None:
-        return
-    parent = recipe.parent
-    refresh(interpreter, parent)
-    if parent.version != recipe.version:
-        if parent.reshaped > recipe.version:
-            raise interpreter.error(
-                MutationError,
-                f"a view made by {recipe.op} is used after its base changed shape in place",
-                "to fix: change the shape out of place, or make the view afterwards",
-            )
-        # Who asks for the view under `no_grad` is not who made it: others may differentiate it.
-        with derivatives_on(interpreter):
-            with run_at(interpreter):
-                out = recipe.op(parent, *recipe.args, **recipe.kwargs)
-            interpreter.rebind(view, out if recipe.index is None else out[recipe.index])
-        recipe.version = parent.version
-        view.version += 1
-
-
-def stamp(tensor: Any) -> Any:
-    """What changes when a tensor, or one it is a view of, is written to at any level.
-
-    None for an inference tensor, which keeps no version.
-    """
-    # HOT: each residual of a tape above another level is asked twice; this costs such a tape 3 %.
-    if type(tensor) in _CLASSES and tensor.recipe is None:
-        value = tensor.value
-        if type(value) is torch.Tensor and not value.is_inference():
-            return tensor.version, value._version
-    versions = []
-    while type(tensor) in _CLASSES:
-        if not (tensor.is_lifted and tensor.version == 0):  # it stands for the plain tensor alone
-            versions.append(tensor.version)
-        recipe = tensor.recipe
-        while recipe is not None:
-            versions.append(recipe.parent.version)
-            recipe = recipe.parent.recipe
-        tensor = tensor.value
-    try:
-        version = tensor._version
-    except RuntimeError:
-        version = None
-    return (*versions, version) if versions else version
-
-
-def refresh_all(interpreter: Level, args: Any, kwargs: dict[str, Any]) -> None:
-    """Bring all views of this level among the arguments of an op up to date."""
-    for tensor in tensors_in(args, kwargs):
-        if interpreter.is_own(tensor) and tensor.recipe is not None:
-            refresh(interpreter, tensor)
-
-
-def refresh_levels(tensors: Any) -> None:
-    """Bring views up to date at every level, for code that asks what a wrapper carries."""
-    for tensor in tensors:
-        while type(tensor) in _CLASSES:
-            interpreter = tensor.interpreter
-            if interpreter.mutated and interpreter.alive and tensor.recipe is not None:
-                refresh(interpreter, tensor)
-            tensor = tensor.value
 
 
 def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -373,33 +292,40 @@ def captured_error(interpreter: Level, name: str, target: Any) -> Exception:
     )
 
 
-def _write(
-    interpreter: Interpreter, target: LevelTensor, new: LevelTensor, *, values_alone: bool = False
-) -> None:
-    """Write and rebind, up to the base.
+def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> None:
+    """Write and rebind, up to the base: a loop, as views of views may be many.
 
-    Under `no_grad` a write leaves what reverse mode knows of the old value; with `values_alone`,
-    which is said of a write through `detach`, what forward mode knows of it too.
+    Under `no_grad` a write leaves what reverse mode knows of the old value; through `detach`, what
+    forward mode knows of it too.
     """
-    if values_alone or not torch.is_grad_enabled():
-        new = _with_derivative_of(target, new, tangents=values_alone)
-    if values_alone:
-        new = interpreter.keep_derivative(target, new)
-    if interpreter.store(target, new):
-        return
-    interpreter.mutated = True
-    recipe = target.recipe
-    if recipe is None:
-        if target.is_input and target not in _identities(interpreter.written):
-            interpreter.written.append(target)
-    else:
-        refresh(interpreter, target)
-        alone = values_alone or recipe.op is _DETACH
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
-            _write(interpreter, *scatter(target, new), values_alone=alone)
-        recipe.version = recipe.parent.version
-    interpreter.rebind(target, new)
-    target.version += 1
+    enabled = torch.is_grad_enabled()
+    alone = False  # whether a `detach` has been passed on the way up
+    bound: list[tuple[LevelTensor, LevelTensor, bool]] = []
+    while True:
+        with torch.set_grad_enabled(enabled and not alone):
+            if alone or not enabled:
+                new = _with_derivative_of(target, new, tangents=alone)
+            if alone:
+                new = interpreter.keep_derivative(target, new)
+            if interpreter.store(target, new):
+                break
+            interpreter.mutated = True
+            bound.append((target, new, alone))
+            recipe = target.recipe
+            if recipe is None:
+                if target.is_input and target not in _identities(interpreter.written):
+                    interpreter.written.append(target)
+                break
+            refresh(interpreter, target)
+            alone = alone or recipe.op is _DETACH
+        with torch.set_grad_enabled(enabled and not alone):
+            target, new = scatter(target, new)
+    for target, new, alone in reversed(bound):
+        if target.recipe is not None:
+            target.recipe.version = target.recipe.parent.version
+        with torch.set_grad_enabled(enabled and not alone):
+            interpreter.rebind(target, new)
+        target.version += 1
 
 
 _DETACH = aten.detach.default

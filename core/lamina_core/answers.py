@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lamina_core.alias import refresh_levels
 from lamina_core.errors import MutationError, NotDifferentiableError, message
 from lamina_core.torch_hooks.memory import exchange, guard_memory, making_a_parameter
+from lamina_core.views import refresh_levels
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = ["Followed", "followed_by"]

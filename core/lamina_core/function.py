@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lamina_core.alias import captured_error, refresh_all, write
+from lamina_core.alias import captured_error, write
 from lamina_core.errors import CapturedTensorError, MissingRuleError, message
 from lamina_core.interpreter import Interpreter
 from lamina_core.level import Level, stand_in
@@ -32,6 +32,7 @@ from lamina_core.outer import autograd_is_on
 from lamina_core.scopes import run_at
 from lamina_core.tensors import map_tensors
 from lamina_core.torch_hooks.functions import catch_functions, original_apply
+from lamina_core.views import refresh_all
 from lamina_core.wrapper import LevelTensor, highest_interpreter, level_of, strip_dead
 
 __all__ = ["Applied", "Custom", "apply_custom", "apply_here", "applying", "skipping"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from lamina_core import answers as _answers  # noqa: F401 - what wrappers say of themselves
-from lamina_core.alias import refresh_all
 from lamina_core.dispatch import watched
 from lamina_core.errors import RuleError
 from lamina_core.interpreter import Interpreter
+from lamina_core.views import refresh_all
 
 __all__ = ["Handler", "HandlerInterpreter"]
 

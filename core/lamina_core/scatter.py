@@ -92,8 +92,8 @@ def _same_bits(recipe: ViewRecipe, new: Any) -> Any:
         if _has_derivative(parent) or _has_derivative(new):
             raise parent.interpreter.error(
                 MutationError,
-                f"cannot write through {recipe.op}, which views {parent.dtype} as {new.dtype}, "
-                "where a derivative is taken",
+                f"cannot write through {recipe.op}, which views {parent.dtype} as {new.dtype} "
+                "under a derivative",
                 "to fix: write to the tensor itself, with values of its own dtype",
             )
         new = new.contiguous().view(parent.dtype)

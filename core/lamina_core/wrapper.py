@@ -170,6 +170,11 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
             CapturedTensorError: If the level is only asleep, and this has a derivative there.
             EscapedTensorError: If its value is not all that it stood for.
         """
+        self.need_meaning()
+        return self.value if self.recipe is None else _shown(self)
+
+    def need_meaning(self) -> None:
+        """Raise unless this wrapper stands for its value although its level is not active."""
         interpreter = self.interpreter
         if interpreter.asleep is not None and not interpreter.is_constant(self):
             raise CapturedTensorError(
@@ -189,7 +194,6 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
                     "to fix: return the tensor from the function instead of storing it",
                 )
             )
-        return self.value if self.recipe is None else _shown(self)
 
     def fault(self) -> str | None:
         """What is wrong with this wrapper, in words; None if nothing is.
@@ -228,12 +232,20 @@ _CLASSES = LevelTensor.classes
 
 def _shown(wrapper: Any) -> Any:
     """The value of a dead view, made again if what it views was written to since."""
-    recipe = wrapper.recipe
-    parent = recipe.parent.dead_value()
-    if parent is recipe.parent.value and recipe.parent.version == recipe.version:
-        return wrapper.value
-    out = recipe.op(parent, *recipe.args, **recipe.kwargs)
-    return out if recipe.index is None else out[recipe.index]
+    chain = []
+    while wrapper.recipe is not None:
+        chain.append(wrapper)
+        wrapper = wrapper.recipe.parent
+    value = wrapper.dead_value()
+    for view in reversed(chain):
+        recipe, parent = view.recipe, view.recipe.parent
+        parent.need_meaning()
+        if value is parent.value and parent.version == recipe.version:
+            value = view.value
+        else:
+            out = recipe.op(value, *recipe.args, **recipe.kwargs)
+            value = out if recipe.index is None else out[recipe.index]
+    return value
 
 
 def box(cls: type[LevelTensor], value: Any, size: Any, stride: Any) -> Any:

@@ -130,3 +130,41 @@ def test_a_view_that_has_escaped_after_a_mapped_write_is_refused():
     lamina.vmap(lambda x: escaped.append(_of_a_buffer(x)) or x)(X[None])
     with pytest.raises(EscapedTensorError):
         escaped[0] + 0
+
+
+@pytest.mark.parametrize("name", ["grad", "vmap", "jvp", "vmap(grad)"])
+def test_views_of_views_may_be_many(name):
+    x = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64)
+
+    def f(x):
+        y = x * 1
+        first = second = y
+        for _ in range(1500):
+            first, second = first.view(3), second[:]
+        first.mul_(2)
+        y.add_(1)
+        return (first * second * y).sum()
+
+    derivative = 6 * (2 * x + 1) ** 2
+    run = {
+        "grad": lambda: (lamina.grad(f)(x), derivative),
+        "vmap": lambda: (lamina.vmap(f)(x[None]), ((2 * x + 1) ** 3).sum()[None]),
+        "jvp": lambda: (lamina.jvp(f, (x,), (x,))[1], (derivative * x).sum()),
+        "vmap(grad)": lambda: (lamina.vmap(lamina.grad(f))(x[None]), derivative[None]),
+    }
+    torch.testing.assert_close(*run[name]())
+
+
+def test_a_dead_view_of_many_views():
+    kept = []
+
+    def f(x):
+        y = view = x * 1
+        for _ in range(1500):
+            view = view.view(3)
+        kept.append(view)
+        y.mul_(2)
+        return y.sum()
+
+    lamina.grad(f)(torch.ones(3))
+    assert (kept[0] + 0).tolist() == [2.0] * 3

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lamina.autodiff.reverse import ReverseInterpreter
-from lamina_core.alias import refresh
 from lamina_core.errors import MutationError
 from lamina_core.scatter import scatter
 from lamina_core.scopes import run_at
+from lamina_core.views import refresh
 
 aten = torch.ops.aten
 

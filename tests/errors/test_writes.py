@@ -126,7 +126,7 @@ def test_a_view_of_another_dtype():
     assert_expected_inline(
         said(MutationError, lambda: grad(loss)(X)),
         """\
-cannot write through aten.view.dtype, which views torch.float32 as torch.int32
+cannot write through aten.view.dtype, which views torch.float32 as torch.int32 under a derivative
   while interpreting at level 1: grad
   to fix: write to the tensor itself, with values of its own dtype""",
     )

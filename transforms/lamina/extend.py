@@ -109,7 +109,7 @@ from lamina.extending.derivatives import (
 from lamina.extending.everywhere import decomposition, temporary_rules
 from lamina.extending.levels import RuleInterpreter
 from lamina_core import pytree
-from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.alias import mutate
 from lamina_core.debug import explain, print_stack, trace_log
 from lamina_core.dispatch import lower, pass_down, watched
 from lamina_core.function import Applied, Custom, apply_custom, applying
@@ -121,6 +121,7 @@ from lamina_core.schema import facts
 from lamina_core.scopes import run_at
 from lamina_core.tensors import map_tensors, needs_guard, tensors_in
 from lamina_core.torch_hooks.tensors import make_wrapper
+from lamina_core.views import record_views, refresh_all
 from lamina_core.wrapper import LevelTensor, box, level_of, strip_dead
 
 __all__ = [

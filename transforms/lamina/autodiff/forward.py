@@ -29,13 +29,14 @@ from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina.decompose.table import decomposition_of, made_of
-from lamina_core.alias import mutate, record_views
+from lamina_core.alias import mutate
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.mode import mode_off
 from lamina_core.recipe import ViewRecipe
 from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
+from lamina_core.views import record_views
 from lamina_core.wrapper import made_as_view
 
 __all__ = ["ForwardInterpreter", "state_of"]

@@ -13,11 +13,11 @@ from typing import Any
 
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.wrappers import dual
-from lamina_core.alias import refresh_levels
 from lamina_core.errors import StructureError, message
 from lamina_core.mode import thread_mode
 from lamina_core.outer import autograd_is_on
 from lamina_core.torch_hooks.autograd import forward_ad, functorch_is_active
+from lamina_core.views import refresh_levels
 
 __all__: list[str] = []
 

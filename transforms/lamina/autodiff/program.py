@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lamina_core.alias import stamp
 from lamina_core.errors import MutationError, message
 from lamina_core.outer import autocast_off
 from lamina_core.tensors import map_tensors, tensors_in
+from lamina_core.views import stamp
 from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["Program", "Slot", "Step"]

@@ -22,7 +22,7 @@ import torch
 from lamina.autodiff.declare import FIXED
 from lamina.autodiff.operands import in_any_layout
 from lamina.autodiff.program import Program, Slot, Step
-from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.alias import mutate
 from lamina_core.dispatch import lower, pass_down
 from lamina_core.errors import EscapedTensorError, NotLinearError, message
 from lamina_core.function import Applied, Custom, Needs, apply_custom, apply_here, applying
@@ -30,6 +30,7 @@ from lamina_core.interpreter import Interpreter
 from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts, facts
 from lamina_core.tensors import map_tensors
+from lamina_core.views import record_views, refresh_all
 from lamina_core.wrapper import LevelTensor, box, made_as_view, strip_dead
 
 __all__ = ["RecordInterpreter", "RecordedTensor"]

@@ -39,12 +39,13 @@ from lamina.autodiff.parts import PARTS, part_pullback
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompose.table import decomposition_of, made_of
-from lamina_core.alias import mutate, record_views
+from lamina_core.alias import mutate
 from lamina_core.config import config
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.recipe import ViewRecipe
 from lamina_core.schema import OpFacts, facts
+from lamina_core.views import record_views
 from lamina_core.wrapper import made_as_view
 
 __all__ = ["ReverseInterpreter", "apply_vjp", "record", "state_of"]

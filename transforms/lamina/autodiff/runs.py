@@ -13,8 +13,8 @@ from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node, backward, move_residuals
 from lamina_core import pytree
-from lamina_core.alias import refresh_all
 from lamina_core.mode import mode_off
+from lamina_core.views import refresh_all
 from lamina_core.wrapper import LevelTensor, plain_of, strip_dead
 
 __all__ = ["ForwardRun", "ReverseRun", "run_forward", "run_reverse", "unshared"]

@@ -18,10 +18,10 @@ from lamina.autodiff import saved as _saved
 from lamina.autodiff.leaf import LeafTensor
 from lamina.autodiff.likeness import Likeness
 from lamina.autodiff.parts import Part, add_parts, whole
-from lamina_core.alias import stamp
 from lamina_core.config import config
 from lamina_core.errors import MutationError, RuleError, message
 from lamina_core.outer import autocast_off
+from lamina_core.views import stamp
 from lamina_core.wrapper import LevelTensor, shares_memory
 
 __all__ = ["Node", "accumulate", "backward", "move_residuals"]

@@ -59,10 +59,11 @@ class BatchedTensor(LevelTensor):
             return value.select(self.bdim, 0)
         return value.new_zeros(self.logical)
 
-    def dead_value(self) -> Any:
+    def need_meaning(self) -> None:
         """An unbatched value stands for itself; a batched one has no meaning outside its vmap."""
         if self.bdim is None or self.interpreter.asleep is not None:
-            return super().dead_value()
+            super().need_meaning()
+            return
         raise EscapedTensorError(
             message(
                 f"a batched tensor of shape {list(self.shape)} is used after its vmap returned",

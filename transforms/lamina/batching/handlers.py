@@ -25,7 +25,6 @@ from lamina.batching.states import (
 from lamina.batching.table import RULES, Info
 from lamina.batching.writes import in_place_handler
 from lamina.decompose.table import decomposition_of, made_of
-from lamina_core.alias import record_views
 from lamina_core.config import config
 from lamina_core.dispatch import pass_down, under_autocast, watched
 from lamina_core.errors import DataDependentError, RuleError
@@ -35,6 +34,7 @@ from lamina_core.rules import Rule
 from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
 from lamina_core.tensors import tensors_in
+from lamina_core.views import record_views
 from lamina_core.wrapper import made_as_view
 
 __all__ = ["resolve"]

@@ -13,10 +13,10 @@ from lamina.batching.randomness import Part
 from lamina.batching.table import RULES, Info
 from lamina.batching.user_ops import resolve, state_of
 from lamina.batching.writes import store
-from lamina_core.alias import refresh_all
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.mode import thread_mode
 from lamina_core.scopes import revived, run_at
+from lamina_core.views import refresh_all
 
 __all__ = ["VmapInterpreter"]
 

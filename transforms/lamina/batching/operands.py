@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from lamina.batching.batched import BatchedTensor
-from lamina_core.alias import record_views
 from lamina_core.dispatch import lower, pass_down
 from lamina_core.schema import OpFacts, facts
 from lamina_core.tensors import map_tensors, needs_guard, tensors_in
+from lamina_core.views import record_views
 from lamina_core.wrapper import LevelTensor, made_as_view, strip_dead
 
 __all__ = ["pass_unbatched", "unwrap"]

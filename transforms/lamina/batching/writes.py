@@ -133,7 +133,7 @@ def _can_store(interpreter: Any, target: Any, level: int) -> bool:
     keeps old values for a backward pass and if the value can carry what is written.
     """
     value = target.value
-    if target.recipe is not None and _is_copy(target):
+    if _is_copy(target):
         return False
     if _shared(target):
         if _root(target).is_input:
@@ -159,10 +159,12 @@ def _shared(target: Any) -> bool:
 
 def _is_copy(view: Any) -> bool:
     """Whether a logical view could not be a view of the value, and was copied."""
-    parent = view.recipe.parent
-    if not shares_memory(view.value, parent.value):
-        return True
-    return parent.recipe is not None and _is_copy(parent)
+    while view.recipe is not None:
+        parent = view.recipe.parent
+        if not shares_memory(view.value, parent.value):
+            return True
+        view = parent
+    return False
 
 
 def _wrote(interpreter: Any, target: Any) -> None:

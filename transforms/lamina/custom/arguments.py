@@ -10,8 +10,8 @@ import torch
 
 from lamina.autodiff.checks import describe, structure_text
 from lamina_core import pytree
-from lamina_core.alias import refresh_levels
 from lamina_core.errors import RuleError, StructureError, message
+from lamina_core.views import refresh_levels
 
 __all__ = ["Arguments", "Output", "Signature", "need_like", "pair_of"]
 

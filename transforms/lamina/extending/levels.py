@@ -16,7 +16,7 @@ import torch
 from lamina.custom.levels import derivative_levels
 from lamina.decompose.table import decomposition_of, made_of
 from lamina_core import pytree
-from lamina_core.alias import mutate, record_views, refresh_all
+from lamina_core.alias import mutate
 from lamina_core.dispatch import lower, pass_down, watched
 from lamina_core.errors import (
     MissingRuleError,
@@ -33,6 +33,7 @@ from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
 from lamina_core.signature import need_out_of_place, need_signature, overload_of
 from lamina_core.tensors import map_tensors, needs_guard, tensors_in
+from lamina_core.views import record_views, refresh_all
 from lamina_core.wrapper import LevelTensor, made_as_view, strip_dead
 
 __all__ = ["RuleInterpreter"]
