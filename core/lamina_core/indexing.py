@@ -130,7 +130,7 @@ def _apart(x: Any, index: Any) -> tuple[Any, tuple[Any, ...]]:
             dim += _dims_of(item)
         elif item.dtype in _MASKS:  # it asks for a dim of its own, of size 1 or 0
             x = x.unsqueeze(dim)
-            items[at] = item.reshape(1)
+            items[at] = item.reshape(1).to(torch.bool)  # a byte with dims is no mask to all writes
             dim += 1
         else:
             x = torch.narrow(x, dim, _kept(item), 1)

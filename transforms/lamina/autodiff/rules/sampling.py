@@ -120,6 +120,14 @@ def _pushed(tangents: Any, partials: Any, like: Any) -> Any:
     return sum(terms[1:], terms[0]).to(like.dtype)
 
 
+def _ratio(op: Any, *operands: Any) -> Any:
+    """The op of operands of one shape: it broadcasts by resizing its output, and then warns."""
+    shape = operands[0].shape
+    if any(v.shape != shape for v in operands):
+        operands = torch.broadcast_tensors(*operands)
+    return op(*operands)
+
+
 @vjp_rule(aten._standard_gamma_grad.default)
 def standard_gamma_grad_vjp(needs: Any, a: Any, z: Any) -> Any:
     """[*S], [*S] -> [*S]. PyTorch's values are approximate, also in double precision.
@@ -127,7 +135,7 @@ def standard_gamma_grad_vjp(needs: Any, a: Any, z: Any) -> Any:
     Against mpmath their relative error is mostly below 1e-4, and up to 1e-2 at quantiles of 1e-6
     and 1 - 1e-6. So finite differences of the op are further from the derivative than this is.
     """
-    return aten._standard_gamma_grad.default(a, z), (a, z), _standard_gamma_grad_pullback
+    return _ratio(aten._standard_gamma_grad.default, a, z), (a, z), _standard_gamma_grad_pullback
 
 
 def _standard_gamma_grad_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
@@ -139,7 +147,7 @@ def _standard_gamma_grad_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
 @jvp_rule(aten._standard_gamma_grad.default)
 def standard_gamma_grad_jvp(tangents: Any, a: Any, z: Any) -> Any:
     """[*S], [*S] -> [*S]"""
-    out = aten._standard_gamma_grad.default(a, z)
+    out = _ratio(aten._standard_gamma_grad.default, a, z)
     return out, _pushed(tangents, _gamma_partials(a, z), out)
 
 
@@ -192,7 +200,7 @@ def _dirichlet_partials(x: Any, a: Any, total: Any) -> tuple[Any, Any, Any]:
 @vjp_rule(aten._dirichlet_grad.default)
 def dirichlet_grad_vjp(needs: Any, x: Any, alpha: Any, total: Any) -> Any:
     """[*S], [*S], [*S] -> [*S]. PyTorch's values are off by up to 1e-3, in double too."""
-    out = aten._dirichlet_grad.default(x, alpha, total)
+    out = _ratio(aten._dirichlet_grad.default, x, alpha, total)
     return out, (x, alpha, total), _dirichlet_grad_pullback
 
 
@@ -205,5 +213,5 @@ def _dirichlet_grad_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
 @jvp_rule(aten._dirichlet_grad.default)
 def dirichlet_grad_jvp(tangents: Any, x: Any, alpha: Any, total: Any) -> Any:
     """[*S], [*S], [*S] -> [*S]"""
-    out = aten._dirichlet_grad.default(x, alpha, total)
+    out = _ratio(aten._dirichlet_grad.default, x, alpha, total)
     return out, _pushed(tangents, _dirichlet_partials(x, alpha, total), out)
