@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from lamina.batching.dims import EmptyBatchError
 from lamina_core.errors import DataDependentError
 
-__all__ = ["common_answer", "common_number"]
+__all__ = ["common_answer", "common_number", "validated"]
+
+aten = torch.ops.aten
 
 
 def common_answer(info: Any, answers: Any, name: str, instead: str) -> bool:
@@ -43,3 +46,40 @@ def common_number(info: Any, numbers: Any, name: str, advice: str) -> int:
             advice,
         )
     return int(numbers.amax())
+
+
+# They ask whether all of a tensor is valid, where one invalid example is an error for the batch.
+_VALIDATE = frozenset(
+    f"torch.distributions.{name}" for name in ("constraints", "continuous_bernoulli", "geometric")
+)
+
+
+def validated(answers: Any) -> bool | None:
+    """The answer to a bool that `torch.distributions` asks of a batched tensor, if there is one.
+
+    Its own code branches on `bool(tensor)` to validate parameters, and to take a path of its own
+    for some; an answer that all examples share is right for each of them.
+
+    Args:
+        answers: The value of the tensor, of any shape.
+
+    Returns:
+        None if the examples disagree, or if it is other code that asks.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _module_of(frame).startswith(_BETWEEN):
+        frame = frame.f_back
+    module = _module_of(frame)
+    if answers.dtype is not torch.bool or not module.startswith("torch.distributions."):
+        return None
+    if aten._is_all_true.default(answers):
+        return True
+    return False if module in _VALIDATE or not aten._is_any_true.default(answers) else None
+
+
+# What lies between the code that asks and us.
+_BETWEEN = ("lamina.", "lamina_core.", "torch._ops")
+
+
+def _module_of(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__", ""))

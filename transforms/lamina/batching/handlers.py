@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lamina.batching.agreement import validated
 from lamina.batching.batched import BatchedTensor, wrap
 from lamina.batching.dims import EmptyBatchError
 from lamina.batching.elementwise import elementwise_handler
@@ -225,6 +226,9 @@ def _data_dependent_handler(known: OpFacts) -> Handler:
                 f"{known.name} would give each example an output of its own shape",
                 f"to fix: use {of_fixed_shape(op)}",
             )
+        answer = validated(args[0].value)
+        if answer is not None:
+            return answer
         raise interpreter.error(
             DataDependentError,
             f"{known.name} needs one Python value, but there are {interpreter.batch_size}",

@@ -1,4 +1,4 @@
-"""Ops whose results have no derivative: comparisons, roundings, positions, factories.
+"""Ops whose results have no derivative: comparisons, roundings, positions, factories, draws.
 
 Gradients through them are zeros, as PyTorch gives them for the roundings.
 """
@@ -27,6 +27,10 @@ FACTORIES = """
     _local_scalar_dense detach empty_like full_like item new_empty new_empty_strided new_full
     new_ones new_zeros ones_like rand_like randint_like randn_like zero zeros_like
 """
+# Of what a draw overwrites, only the shape and dtype are left; `bernoulli` is PyTorch's own zero.
+DRAWS = """
+    bernoulli cauchy exponential geometric log_normal normal_functional random uniform
+"""
 
 
 def overloads(names: str) -> list[object]:
@@ -50,4 +54,5 @@ constant(*overloads(INTEGERS))
 constant(*overloads(POSITIONS))
 constant(*overloads(ROUNDINGS))
 constant(*overloads(FACTORIES))
+constant(*overloads(DRAWS))
 constant(aten.fill.Scalar)  # of what it overwrites, only the shape and dtype are left
