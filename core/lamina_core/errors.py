@@ -46,7 +46,7 @@ class LaminaError(Exception):
     """
 
 
-class StructureError(LaminaError, ValueError):
+class StructureError(LaminaError, ValueError, RuntimeError):
     """An option, such as `in_dims`, `out_dims` or `argnums`, does not fit what it describes.
 
     `in_dims` and `out_dims` are trees like the arguments and the output, where one entry may stand
@@ -150,7 +150,7 @@ class NotLinearError(LaminaError, ValueError):
     """
 
 
-class TangentError(LaminaError, ValueError):
+class TangentError(LaminaError, ValueError, RuntimeError):
     """Tangents or cotangents do not match the values they belong to.
 
     Tangents are like the primals of `jvp`, cotangents like the output of the function given to

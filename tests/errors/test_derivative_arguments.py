@@ -269,7 +269,7 @@ def test_has_aux_without_a_pair():
     assert_expected_inline(
         said(StructureError, lambda: grad(total, has_aux=True)(X)),
         """\
-has_aux=True, but the function did not return a pair
+what the function returns should be a tuple: (output, aux) if has_aux is True
   while interpreting at level 1: grad
   it returned: torch.float32 tensor of shape []
   to fix: return (output, aux)""",
@@ -280,7 +280,7 @@ def test_has_aux_with_three_outputs():
     assert_expected_inline(
         said(StructureError, lambda: vjp(lambda x: (x, 1, 2), X, has_aux=True)),
         """\
-has_aux=True, but the function did not return a pair
+what the function returns should be a tuple: (output, aux) if has_aux is True
   while interpreting at level 1: vjp
   it returned: a tuple of length 3
   to fix: return (output, aux)""",
@@ -291,7 +291,7 @@ def test_has_aux_of_jvp():
     assert_expected_inline(
         said(StructureError, lambda: jvp(lambda x: {"loss": x}, (X,), (X,), has_aux=True)),
         """\
-has_aux=True, but the function did not return a pair
+what the function returns should be a tuple: (output, aux) if has_aux is True
   while interpreting at level 1: jvp
   it returned: dict
   to fix: return (output, aux)""",

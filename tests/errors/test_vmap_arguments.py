@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 
+import lamina
 from lamina import grad, vmap
 from lamina_core.errors import BatchSizeError, StructureError
 from tests.errors.saying import said
@@ -252,3 +254,64 @@ def test_chunk_size_is_no_bool():
 chunk_size of vmap is True
   to fix: pass an int > 0, or None""",
     )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_single_output_and_a_tuple_of_one(chunk_size):
+    v = torch.ones(2)
+    assert vmap(first, out_dims=(1,), chunk_size=chunk_size)(X).equal(X.T)
+    assert vmap(first, out_dims=(0,), chunk_size=chunk_size)(X).equal(X)
+    assert vmap(lambda x: v, out_dims=(None,), chunk_size=chunk_size)(X).equal(v)
+    with pytest.raises(StructureError, match="out_dims"):
+        vmap(lambda x: (x, x), out_dims=(0,), chunk_size=chunk_size)(X)
+
+
+LIBRARIES = pytest.mark.parametrize("lib", [lamina, torch.func], ids=["lamina", "torch.func"])
+
+
+@LIBRARIES
+@pytest.mark.parametrize("name", ["grad", "grad_and_value", "jacrev", "jacfwd", "hessian"])
+@pytest.mark.parametrize("argnums", [2, -3, (0, 0), (), 1.0, (0, 5)])
+def test_argnums_that_do_not_fit_are_the_error_that_torch_func_has(lib, name, argnums):
+    with pytest.raises(RuntimeError, match="arg"):
+        getattr(lib, name)(lambda a, b: (a * b).sum(), argnums=argnums)(X, X)
+
+
+@pytest.mark.parametrize("name", ["grad", "grad_and_value", "jacrev", "jacfwd", "hessian"])
+@pytest.mark.parametrize("argnums", [-1, (0, -1), (-2,)])
+def test_argnums_from_the_end(name, argnums):
+    from_start = {-1: 1, (0, -1): (0, 1), (-2,): (0,)}[argnums]
+    transform, x = getattr(lamina, name), X[0]
+    f = lambda a, b: (a * b * b).sum()
+    found, expected = (transform(f, argnums=at)(x, x + 1) for at in (argnums, from_start))
+    torch.testing.assert_close(found, expected)
+
+
+@LIBRARIES
+def test_words_that_callers_match(lib):
+    no_pair = r"should be a tuple: \(output, aux\) if has_aux is True"
+    for call in (
+        lambda: lib.grad(torch.sum, has_aux=True)(X),
+        lambda: lib.vjp(torch.sum, X, has_aux=True),
+        lambda: lib.jvp(torch.sum, (X,), (X,), has_aux=True),
+        lambda: lib.jacrev(torch.sum, has_aux=True)(X),
+        lambda: lib.jacfwd(torch.sum, has_aux=True)(X),
+    ):
+        with pytest.raises(RuntimeError, match=no_pair):
+            call()
+
+
+@LIBRARIES
+def test_tangents_and_structures_are_runtime_errors_too(lib):
+    for call in (
+        lambda: lib.jvp(torch.sin, X, X),
+        lambda: lib.jvp(torch.sin, (X,), (X[0],)),
+        lambda: lib.jvp(torch.sin, (X,), (X, X)),
+        lambda: lib.jvp(torch.sin, (), ()),
+        lambda: lib.vjp(torch.sin, X)[1]((X, X)),
+        lambda: lib.jvp(lambda x: X, (X,), (X,), strict=True),
+        lambda: lib.grad(torch.sum)(X.int()),
+        lambda: lib.stack_module_state([]),
+    ):
+        with pytest.raises(RuntimeError):
+            call()

@@ -224,7 +224,7 @@ def split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
         )
         raise interpreter.error(
             StructureError,
-            "has_aux=True, but the function did not return a pair",
+            "what the function returns should be a tuple: (output, aux) if has_aux is True",
             f"it returned: {got}",
             "to fix: return (output, aux)",
         )

@@ -137,6 +137,13 @@ def vmap_flat(
     return _unwrap(interpreter, out, out_dims, size)
 
 
+def _broadcast_out_dims(out_dims: Any, out: Any, out_spec: Any) -> list[Any]:
+    """One entry for each output; `(1,)` for a single tensor is 1, as in torch.func."""
+    if type(out_dims) is tuple and len(out_dims) == 1 and isinstance(out, torch.Tensor):
+        return [out_dims[0]]
+    return pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
+
+
 def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) -> Any:
     """Take the outputs to the level below, each with its batch dim where `out_dims` says."""
     outs, out_spec = pytree.flatten(out)
@@ -144,7 +151,7 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
         wanted: list[Any] = [out_dims] * len(outs)
     else:
         try:
-            wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
+            wanted = _broadcast_out_dims(out_dims, out, out_spec)
         except StructureError as error:
             what, *lines = str(error).split("\n  ")
             raise interpreter.error(StructureError, what, *lines) from None
@@ -311,7 +318,7 @@ def _in_chunks(
         )
         flat, out_spec = pytree.flatten(out)
         if not gathered:
-            wanted = pytree.broadcast_prefix(out_dims, out_spec, what="out_dims", of="output")
+            wanted = _broadcast_out_dims(out_dims, out, out_spec)
             gathered = [Gathered(dim, size) for dim in wanted]
         for output, leaf in zip(gathered, flat, strict=True):
             output.add(leaf)
