@@ -15,7 +15,6 @@ __all__ = ["LOOPED"]
 _INTEGERS = "PyTorch has no product of batches of integer matrices"
 _PACKED = "its kernel packs or reads the packed weights of one matrix"
 _PROCESSES = "a part of SyncBatchNorm, which exchanges what it computes with other processes"
-_RECURRENT = "its kernel holds the weights of one network; torch.lstm and others get by without it"
 _SCALED = "its kernel scales the rows or tiles of one matrix"
 
 LOOPED: dict[Any, str] = {
@@ -35,6 +34,4 @@ LOOPED: dict[Any, str] = {
     aten.batch_norm_gather_stats.default: _PROCESSES,
     aten.batch_norm_gather_stats_with_counts.default: _PROCESSES,
     aten.batch_norm_stats.default: _PROCESSES,
-    aten.mkldnn_rnn_layer.default: _RECURRENT,
-    aten.mkldnn_rnn_layer_backward.default: _RECURRENT,
 }

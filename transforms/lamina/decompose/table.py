@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from lamina.decompose.kernels import KERNELS
+from lamina.decompose.lstm import LSTM
 from lamina.decompose.optimisers import OPTIMISERS
 from lamina.decompose.packed import PACKED
 from lamina.decompose.resampling import RESAMPLED
@@ -214,6 +215,7 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     # A view and a write: there is no form out of place to put in its stead.
     aten.fill_diagonal_.default: aten.fill_diagonal_.default.decompose,
     **KERNELS,
+    **LSTM,
     **OPTIMISERS,
     **PACKED,
     **RESAMPLED,
