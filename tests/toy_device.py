@@ -10,6 +10,7 @@ Each op runs on CPU tensors made of the attached storages, and gets its outputs 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from numbers import Number
@@ -18,13 +19,33 @@ from typing import Any
 import torch
 from torch._C._dynamo.guards import _reinterpret_tensor
 from torch.utils._pytree import tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 __all__ = ["DEVICE"]
 
 aten = torch.ops.aten
 
-_setup_privateuseone_for_python_backend("toy")
+
+class _Module(_DummyBackendModule):
+    """What `torch.toy` is; it draws from the generator of the CPU and has none of its own."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        pass
+
+    def device(self, device: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+_setup_privateuseone_for_python_backend("toy", _Module())
 DEVICE = torch.device("toy", 0)
 
 # Ops between devices; of all others PyTorch takes tensors of one device, and numbers of any.
