@@ -95,17 +95,18 @@ def attention_rule(
         return out, residuals, pullback
     options = (is_causal, scale, enable_gqa)
     out = _attend(query, key, value, attn_mask, options)
-    return out, (query, key, value, attn_mask, options), _attention_pullback
+    return out, (query, key, value, attn_mask, options), attention_pullback
 
 
-def _attention_pullback(residuals: Any, needs: Any, ct: Any, lse_ct: Any = None) -> Any:
+def attention_pullback(residuals: Any, needs: Any, ct: Any, lse_ct: Any = None) -> Any:
+    """The cotangents of query, key, value and mask, in ordinary ops."""
     query, key, value, mask, _ = residuals
     heads = _Heads(*residuals)
     p = heads.probabilities()
     ct = heads.split(ct)
     cts: list[Any] = [None] * 4
     if needs[0] or needs[1] or needs[3]:
-        scores_ct: Any = None if lse_ct is None else p * lse_ct.unsqueeze(-1)
+        scores_ct: Any = None if lse_ct is None else p * heads.split(lse_ct.unsqueeze(-1))
         if ct is not None:
             weighted = p * ct.matmul(heads.v.transpose(-2, -1))
             term = weighted - p * weighted.sum(-1, keepdim=True)
@@ -143,10 +144,12 @@ def attention_jvp(
         return NotImplemented
     options = (is_causal, scale, enable_gqa)
     out = _attend(query, key, value, attn_mask, options)
-    return out, _pushed(tangents, query, key, value, attn_mask, options)[0]
+    return out, attention_pushed(tangents, query, key, value, attn_mask, options)[0]
 
 
-def _pushed(tangents: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
+def attention_pushed(
+    tangents: Any, query: Any, key: Any, value: Any, mask: Any, options: Any
+) -> Any:
     """The tangents of the output and of the logarithms of the sums of exponentials."""
     q_t, k_t, v_t, mask_t = tangents
     shared = options[2]
@@ -166,7 +169,7 @@ def _pushed(tangents: Any, query: Any, key: Any, value: Any, mask: Any, options:
         weighted = p * scores_t
         mean = weighted.sum(-1, keepdim=True)
         out_t = (weighted - p * mean).matmul(heads.v)
-        lse_t = mean.squeeze(-1)
+        lse_t = heads.join(mean).squeeze(-1)
     if v_t is not None:
         term = p.matmul(v_t.unsqueeze(-3) if shared else v_t)
         out_t = term if out_t is None else out_t + term
@@ -231,7 +234,7 @@ def _flash_pullback(residuals: Any, needs: Any, ct: Any, lse_ct: Any = None) -> 
     query, key, value, out, lse, mask, options = residuals
     if lse_ct is not None or (len(needs) > 3 and needs[3]):
         needs = (*needs, False)[:4]
-        return _attention_pullback((query, key, value, mask, options), needs, ct, lse_ct)
+        return attention_pullback((query, key, value, mask, options), needs, ct, lse_ct)
     causal, scale, _ = options
     cts = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
         _even(ct), query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
@@ -257,7 +260,7 @@ def flash_jvp(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )
     tangents = (*tangents, None)[:4]
-    return outs, _pushed(tangents, query, key, value, attn_mask, (is_causal, scale, False))
+    return outs, attention_pushed(tangents, query, key, value, attn_mask, (is_causal, scale, False))
 
 
 @decomposition(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
@@ -280,4 +283,4 @@ def flash_backward(
     key in the same way, so that nothing is lost by leaving it out.
     """
     residuals = (query, key, value, attn_mask, (is_causal, scale, False))
-    return tuple(_attention_pullback(residuals, (True, True, True, False), ct)[:3])
+    return tuple(attention_pullback(residuals, (True, True, True, False), ct)[:3])

@@ -1,7 +1,7 @@
-"""Batching rules of scaled dot product attention.
+"""Batching rules of scaled dot product attention, and of its kernel for CPUs.
 
 The fused kernels want [N, heads, L, E]: the batch dim joins N, or becomes it, so that a fused
-kernel stays one.
+kernel stays one. Those of GPUs are in `attention_kernels.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule
-from lamina_core.errors import RandomnessError
 from lamina_core.overloads import aten
 
 
@@ -165,113 +164,3 @@ def _scaled_dot_product_flash_attention_for_cpu_backward(
         scale=scale,
     )
     return tuple(unfold(x, 0, info.batch_size) for x in outs), 0
-
-
-@batching_rule(aten._scaled_dot_product_efficient_attention.default)
-def _scaled_dot_product_efficient_attention(
-    info: Any,
-    in_dims: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    attn_bias: Any,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    *rest: Any,
-    **options: Any,
-) -> Any:
-    """[B, N, heads, L, E] three times -> the same, [B, N, heads, L], and the state of no draw."""
-    if dropout_p > 0:
-        raise _no_dropout(info, "aten._scaled_dot_product_efficient_attention.default")
-    n = logical_shape(q, in_dims[0])[0]
-    bias = _folded_mask(info, attn_bias, in_dims[3], n)
-    out, logsumexp, *state = aten._scaled_dot_product_efficient_attention(
-        *_folded(info, (q, k, v), in_dims[:3]),
-        bias,
-        compute_log_sumexp,
-        dropout_p,
-        *rest,
-        **options,
-    )
-    out, logsumexp = unfold(out, 0, info.batch_size), unfold(logsumexp, 0, info.batch_size)
-    return (out, logsumexp, *state), (0, 0, None, None)
-
-
-@batching_rule(aten._scaled_dot_product_efficient_attention_backward.default)
-def _scaled_dot_product_efficient_attention_backward(
-    info: Any,
-    in_dims: Any,
-    ct: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    attn_bias: Any,
-    out: Any,
-    logsumexp: Any,
-    seed: Any,
-    offset: Any,
-    dropout_p: float,
-    mask: Any,
-    *rest: Any,
-    **options: Any,
-) -> Any:
-    """[B, N, heads, L, E] and the bias [B, N, heads, L, S] -> their cotangents."""
-    n = logical_shape(q, in_dims[1])[0]
-    bias = _folded_mask(info, attn_bias, in_dims[4], n)
-    if attn_bias is not None and mask[3]:
-        bias = fold(attn_bias, in_dims[4], 0, info.batch_size)
-    dims = (*in_dims[:4], *in_dims[5:7])
-    ct, q, k, v, out, logsumexp = _folded(info, (ct, q, k, v, out, logsumexp), dims)
-    outs = aten._scaled_dot_product_efficient_attention_backward(
-        ct, q, k, v, bias, out, logsumexp, seed, offset, dropout_p, mask, *rest, **options
-    )
-    return tuple(None if x is None else unfold(x, 0, info.batch_size) for x in outs), 0
-
-
-@batching_rule(aten._scaled_dot_product_flash_attention.default)
-def _scaled_dot_product_flash_attention(
-    info: Any,
-    in_dims: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    dropout_p: float = 0.0,
-    *rest: Any,
-    **options: Any,
-) -> Any:
-    """[B, N, heads, L, E] three times -> the same, [B, N, heads, L], and what no example owns."""
-    if dropout_p > 0:
-        raise _no_dropout(info, "aten._scaled_dot_product_flash_attention.default")
-    out, logsumexp, *others = aten._scaled_dot_product_flash_attention(
-        *_folded(info, (q, k, v), in_dims[:3]), dropout_p, *rest, **options
-    )
-    out, logsumexp = unfold(out, 0, info.batch_size), unfold(logsumexp, 0, info.batch_size)
-    return (out, logsumexp, *others), (0, 0, *[None] * len(others))
-
-
-@batching_rule(aten._scaled_dot_product_flash_attention_backward.default)
-def _scaled_dot_product_flash_attention_backward(
-    info: Any,
-    in_dims: Any,
-    ct: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    logsumexp: Any,
-    *rest: Any,
-    **options: Any,
-) -> Any:
-    """[B, N, heads, L, E] five times and [B, N, heads, L] -> [B, N, heads, L, E] three times."""
-    outs = aten._scaled_dot_product_flash_attention_backward(
-        *_folded(info, (ct, q, k, v, out, logsumexp), in_dims[:6]), *rest, **options
-    )
-    return tuple(unfold(x, 0, info.batch_size) for x in outs), 0
-
-
-def _no_dropout(info: Any, name: str) -> Exception:
-    return info.interpreter.error(
-        RandomnessError,
-        f"{name} draws its dropout inside the kernel, where no example can have its own",
-        "to fix: call torch.nn.functional.scaled_dot_product_attention",
-    )
