@@ -17,6 +17,7 @@ __all__ = [
     "LaminaError",
     "MissingRuleError",
     "MutationError",
+    "NoLengthError",
     "NonScalarLossError",
     "NotDifferentiableError",
     "NotLinearError",
@@ -295,6 +296,25 @@ class DataDependentError(LaminaError, RuntimeError):
           to fix: use torch.where in place of an `if`, and tensor ops in place of .item()
         >>> vmap(lambda x: torch.where(x > 0, x, -x))(torch.tensor([1.0, -2.0]))
         tensor([1., 2.])
+    """
+
+
+class NoLengthError(LaminaError, TypeError):
+    """A tensor without dims was asked for its length, as `torch.tensor` does with a list of them.
+
+    Example:
+        >>> import torch
+        >>> from lamina import vmap
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> vmap(lambda x: torch.tensor([x[1], x[0]]))(x)
+        Traceback (most recent call last):
+            ...
+        lamina_core.errors.NoLengthError: len() of a 0-d tensor
+          it is BatchedTensor(level=1, bdim=0, size=2, f32[])
+          to fix: use torch.stack([x, y]) where torch.tensor([x, y]) asked for it
+        >>> vmap(lambda x: torch.stack([x[1], x[0]]))(x)
+        tensor([[2., 1.],
+                [4., 3.]])
     """
 
 

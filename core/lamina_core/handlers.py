@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from lamina_core import answers as _answers  # noqa: F401 - what wrappers say of themselves
+from lamina_core import conversions as _conversions  # noqa: F401 - and what leaves them for Python
 from lamina_core.dispatch import watched
 from lamina_core.errors import RuleError
 from lamina_core.interpreter import Interpreter
