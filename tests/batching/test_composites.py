@@ -117,3 +117,25 @@ def test_writes_through_chunks_and_unflattened_views():
         return x
 
     agree(f, [torch.randn(3, 4, 5)], (0,))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.soft_margin_loss,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.binary_cross_entropy_with_logits,
+        lambda x, y: F.kl_div(x, y, reduction="sum"),
+    ],
+)
+def test_gradients_of_losses_of_numbers(loss):
+    x, y = torch.tensor([0.3, -1.2, 0.7]), torch.tensor([1.0, 0.5, 1.0])
+    want = torch.stack([lamina.grad(loss)(a, b) for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(lamina.vmap(lamina.grad(loss))(x, y), want)
+    torch.testing.assert_close(
+        lamina.vmap(lamina.grad(loss), (0, None))(x, y[0]),
+        lamina.vmap(lamina.grad(loss))(x, y[:1].expand(3)),
+    )

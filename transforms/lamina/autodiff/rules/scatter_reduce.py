@@ -151,7 +151,7 @@ def segment_reduce_backward(
     # What is in no segment goes to one more, which is given no cotangent.
     index = where(index < 0, count, index)
     rest = [1] * (data.dim() - index.dim())
-    index = index.reshape(*index.shape, *rest).expand(data.shape)
+    index = index.reshape((*index.shape, *rest)).expand(data.shape)
     room = [0, 0] * len(rest) + [0, 1]
     ct, out = pad(grad, room), pad(output, room)
     start = torch.full_like(out, 1 if initial is None else initial)

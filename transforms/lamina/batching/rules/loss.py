@@ -40,7 +40,7 @@ def _unreduce(ct: Any, ct_bdim: Any, reduction: int, rank: int, count: int) -> A
         return ct
     if reduction == MEAN:
         ct = ct / count
-    return ct.reshape(*ct.shape, *[1] * rank)
+    return ct.reshape((*ct.shape, *[1] * rank))
 
 
 # -- elementwise losses ----------------------------------------------------------------------------

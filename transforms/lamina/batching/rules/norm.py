@@ -314,7 +314,7 @@ def _affine(out: Any, out_bdim: Any, weight: Any, bias: Any) -> Any:
     for value, bdim in (weight, bias):
         if value is not None:
             value = batch_first(value, bdim)
-            value = value.reshape(*value.shape, *trailing)
+            value = value.reshape((*value.shape, *trailing))
         columns.append((value, None if bdim is None else 0))
     return _scale(out, out_bdim, *columns)
 

@@ -108,7 +108,7 @@ def fake_quantize_per_channel(
     columns = []
     for value, bdim in zip((scale, zero_point), others, strict=True):
         value = ensure_batched(value, bdim, info.batch_size)
-        columns.append(pad_rank(value.reshape(*value.shape, *trailing), 0, rank))
+        columns.append(pad_rank(value.reshape((*value.shape, *trailing)), 0, rank))
     return _fake(pad_rank(x, x_bdim, rank), *columns, low, high), (0, 0)
 
 
