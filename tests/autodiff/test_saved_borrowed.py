@@ -18,9 +18,9 @@ LINKS, BLOCKS = 4, 6
 
 
 def block(x):
-    """Each link saves its input and its result; the scale keeps values in range."""
+    """Each link saves both operands of a product; the scale keeps values in range."""
     for _ in range(LINKS):
-        x = torch.special.erfcx(x) - 0.5
+        x = torch.linalg.cross(x, x.roll(1, -1)) * 0.5 + 0.3
     return x
 
 
@@ -54,13 +54,13 @@ TRANSFORMS = {
 
 
 def test_the_op_of_these_tests_is_borrowed():
-    assert state_of(aten.special_erfcx.default) == "generic"
+    assert state_of(aten.linalg_cross.default) == "generic"
 
 
 @pytest.mark.parametrize("call", [again, by_numpy])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_the_same_result(transform, call):
-    x = torch.linspace(-0.5, 1, 12, dtype=DOUBLE).reshape(3, 4)
+    x = torch.linspace(-0.5, 1, 12, dtype=DOUBLE).reshape(4, 3)
     run = TRANSFORMS[transform]
     found, expected = (run(lambda x, c=c: stack(c, x), x) for c in (call, directly))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -68,7 +68,7 @@ def test_the_same_result(transform, call):
 
 @pytest.mark.parametrize("transform", ["grad", "vmap(grad)"])
 def test_checkpointing_frees_what_the_formulas_keep(transform):
-    x = torch.linspace(-0.5, 1, 2**16).reshape(16, -1)
+    x = torch.linspace(-0.5, 1, 3 * 2**14).reshape(16, -1, 3)
     run = TRANSFORMS[transform]
     whole, less = (
         peak_memory(lambda c=c: run(lambda x: stack(c, x), x)) for c in (directly, again)
@@ -93,7 +93,7 @@ def test_nothing_is_held_that_hooks_have_packed(order):
         return torch.from_numpy(packed[place].copy())
 
     f = block if order == 1 else grad(lambda x: block(x).sin().sum())
-    x = torch.linspace(-0.5, 1, 2**14, dtype=DOUBLE)
+    x = torch.linspace(-0.5, 1, 3 * 2**12, dtype=DOUBLE).reshape(-1, 3)
 
     def held():
         with saved_tensors_hooks(pack, unpack):
@@ -174,7 +174,7 @@ def test_ops_from_outside_keep_their_graph(cubed, call):
 
 
 def test_residuals_are_listed_under_hooks():
-    x = torch.linspace(-1, 1, 5)
+    x = torch.linspace(-1, 1, 9).reshape(3, 3)
     with saved_tensors_hooks(lambda t: t * 1, lambda t: t):
-        found = saved_residuals(lambda x: torch.special.erfcx(x).sum(), x)
-    assert [residual.why for residual in found] == ["held by saved-tensor hooks"] * 2
+        found = saved_residuals(lambda x: torch.linalg.cross(x.sin(), x.cos()).sum(), x)
+    assert {residual.why for residual in found} == {"held by saved-tensor hooks"}

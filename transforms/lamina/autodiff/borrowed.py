@@ -43,7 +43,7 @@ def _rrelu(
 ) -> Any:
     """[*S] -> ([*S], [*S]); PyTorch's own formula reads the noise from before the draw."""
     if not training or x.numel() == 0:  # nothing is drawn, so vmap need not be told how
-        return x * torch.where(x > 0, 1.0, (lower + upper) / 2), noise.clone()
+        return torch.where(x > 0, x, x * ((lower + upper) / 2)), noise.clone()
     op = aten.rrelu_with_noise_functional.default
     _, drawn = op(x.detach(), noise, lower, upper, training, generator)
     return x * drawn, drawn
@@ -80,7 +80,6 @@ _NO_FORWARD = frozenset(
     (
         aten._batch_norm_with_update.default,
         aten._batch_norm_with_update_functional.default,
-        aten._linalg_det.default,
         aten._linalg_slogdet.default,
     )
 )

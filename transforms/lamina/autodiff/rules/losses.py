@@ -16,6 +16,8 @@ from lamina.autodiff.declare import fixed, jvp_rule, linear, unbroadcast, vjp_ru
 from lamina.autodiff.shapes import stand_in
 from lamina_core.overloads import aten
 
+where = torch.where
+
 _MEAN, _SUM = 1, 2  # the numbers that ATen gives the reductions; 0 is none
 
 
@@ -157,10 +159,9 @@ def _bce_y(x: Any, y: Any, weight: Any) -> Any:
 
 
 def _logits_x(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
-    if pos_weight is None:
-        slope = x.sigmoid() - y
-    else:
-        slope = (1 - y) - (1 + (pos_weight - 1) * y) * (-x).sigmoid()
+    """`sigmoid(x) - y`, as two terms that keep their digits where the sigmoid is close to y."""
+    hit = y if pos_weight is None else y * pos_weight
+    slope = (1 - y) * x.sigmoid() - hit * (-x).sigmoid()
     return slope if weight is None else slope * weight
 
 
@@ -172,11 +173,19 @@ def _logits_y(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
 
 
 def _huber_slope(x: Any, y: Any, delta: float) -> Any:
-    return (x - y).clamp(-delta, delta)
+    """The bounds belong to the lines, whose second derivative is 0."""
+    gap = x - y
+    return where(gap.abs() < delta, gap, gap.sign() * delta)
 
 
 def _smooth_l1_slope(x: Any, y: Any, beta: float) -> Any:
-    return (x - y).sign() if beta == 0 else ((x - y) / beta).clamp(-1, 1)
+    gap = x - y
+    return gap.sign() if beta == 0 else where(gap.abs() < beta, gap / beta, gap.sign())
+
+
+def _soft_margin_slope(x: Any, y: Any) -> Any:
+    """PyTorch's quotient of exponentials overflows."""
+    return -y * (-y * x).sigmoid()
 
 
 _loss(aten.binary_cross_entropy.default, 3, _bce_x, _bce_y)
@@ -189,3 +198,4 @@ _loss(
     _smooth_l1_slope,
     lambda x, y, beta: -_smooth_l1_slope(x, y, beta),
 )
+_loss(aten.soft_margin_loss.default, 2, _soft_margin_slope, lambda x, y: _soft_margin_slope(y, x))

@@ -22,7 +22,6 @@ where = torch.where
 
 _LN2 = math.log(2.0)
 _LN10 = math.log(10.0)
-_SQRT_PI = math.sqrt(math.pi)
 
 
 def _scaled(t, factor):
@@ -41,18 +40,39 @@ def _acosh(t, x):
     """Two roots for complex x: the root of the product has another branch cut."""
     if x.is_complex():
         return t * ((x + 1).rsqrt() * (x - 1).rsqrt())
-    return t * (x * x - 1).rsqrt()
+    return t * ((x + 1).rsqrt() * (x - 1).rsqrt())  # the square may overflow
 
 
 def _angle(t, x):
     """Zero for real x and at 0."""
     if not x.is_complex():
         return torch.zeros_like(t)
-    return where(x == 0, 0.0, t / x * -1j)
+    zero = x == 0
+    return where(zero, 0.0, t / x.masked_fill(zero, 1) * -1j)
+
+
+def _asinh(t, x):
+    if x.is_complex():
+        return t * (x * x + 1).rsqrt()
+    return t / torch.hypot(x, x.new_ones(()))  # the square may overflow
+
+
+def _atan(t, x):
+    if x.is_complex():
+        return t / (x * x + 1)
+    size = torch.hypot(x, x.new_ones(()))
+    return t / size / size
+
+
+def _atan2(t, this, other):
+    """The product with `this / (x * x + y * y)`, whose squares may over- or underflow."""
+    size = torch.hypot(this, other)
+    return t * ((this / size) / size)
 
 
 def _copysign(t, x, out):
-    return where(x == 0, 0.0, t * (out / x))
+    """Sign of x times that of out, whose derivatives are 0."""
+    return t * (x.sgn() * out.sgn())
 
 
 def _div_mode_x(t, y, rounding_mode):
@@ -96,11 +116,6 @@ def _lead(x, y):
     return where(x.isinf() & (x == y), 0.0, x - y)
 
 
-def _logit(t, x, eps):
-    low, high, outside = (0.0, 1.0, math.nan) if eps is None else (eps, 1.0 - eps, 0.0)
-    return where((x >= low) & (x <= high), t / (x * (1 - x)), outside)
-
-
 def _pow_scalar(t, x, exponent):
     """x**0 is flat everywhere, also at 0, where the formula would give 0 * inf."""
     if exponent == 0:
@@ -111,13 +126,14 @@ def _pow_scalar(t, x, exponent):
 
 
 def _pow_base(t, x, y):
-    return where(y == 0, 0.0, t * (y * x.pow(y - 1)))
+    """x**0 is flat at 0 as well; elsewhere its derivative is 0, but the mixed one is 1 / x."""
+    return t * (y * where((x == 0) & (y == 0), 1.0, x).pow(y - 1))
 
 
 def _pow_exponent(t, x, y, out):
     """0**y is flat where y >= 0, though log(0) is not finite."""
     grows = (y.real >= 0) & (y.imag == 0) if y.is_complex() else y >= 0
-    return where((x == 0) & grows, 0.0, t * (out * x.to(out.dtype).log()))
+    return t * (out * where((x == 0) & grows, 1.0, x.to(out.dtype)).log())
 
 
 def _pow_of_number(t, x, self, out):
@@ -130,27 +146,6 @@ def _pow_of_number(t, x, self, out):
     return t * (out * (math.log(self) if self > 0 else math.nan))
 
 
-def _sinc(t, x):
-    """Near 0 the series, whose derivatives are right there too."""
-    angle = x * math.pi
-    near = angle.abs() < 0.5
-    far = where(near, 1.0, angle)
-    square = where(near, angle * angle, 0.0)
-    series = torch.zeros_like(square)
-    for k in range(8, 0, -1):
-        series = series * square + (-1) ** k * 2 * k / math.factorial(2 * k + 1)
-    slope = where(near, angle * series, (far * far.cos() - far.sin()) / (far * far))
-    return t * (slope * math.pi)
-
-
-def _xlogy(t, x, y):
-    return where((x == 0) & (y <= 0), 0.0, t * y.log())
-
-
-def _xlog1py(t, x, y):
-    return where((x == 0) & (y <= -1), 0.0, t * y.log1p())
-
-
 # -- one operand -----------------------------------------------------------------------------------
 
 pointwise(aten.abs.default, _abs)
@@ -158,8 +153,8 @@ pointwise(aten.acos.default, lambda t, x: -(t * (1 - x * x).rsqrt()))
 pointwise(aten.acosh.default, _acosh)
 pointwise(aten.angle.default, _angle)
 pointwise(aten.asin.default, lambda t, x: t * (1 - x * x).rsqrt())
-pointwise(aten.asinh.default, lambda t, x: t * (x * x + 1).rsqrt())
-pointwise(aten.atan.default, lambda t, x: t / (x * x + 1))
+pointwise(aten.asinh.default, _asinh)
+pointwise(aten.atan.default, _atan)
 pointwise(aten.atanh.default, lambda t, x: t / (1 - x * x))
 pointwise(aten.clamp.default, _clamp)
 pointwise(aten.clamp_max.default, lambda t, x, max: where(x <= max, t, 0.0))
@@ -167,28 +162,20 @@ pointwise(aten.clamp_min.default, lambda t, x, min: where(x >= min, t, 0.0))
 pointwise(aten.cos.default, lambda t, x: -(t * x.sin()))
 pointwise(aten.cosh.default, lambda t, x: t * x.sinh())
 pointwise(aten.deg2rad.default, lambda t: t * (math.pi / 180))
-pointwise(aten.digamma.default, lambda t, x: t * torch.polygamma(1, x))
-pointwise(aten.erf.default, lambda t, x: t * ((2 / _SQRT_PI) * (-x * x).exp()))
-pointwise(aten.erfc.default, lambda t, x: t * ((-2 / _SQRT_PI) * (-x * x).exp()))
-pointwise(aten.erfinv.default, lambda t, out: t * ((_SQRT_PI / 2) * (out * out).exp()))
 pointwise(aten.exp.default, lambda t, out: t * out)
 pointwise(aten.exp2.default, lambda t, out: t * (out * _LN2))
-pointwise(aten.expm1.default, lambda t, out: t * (out + 1))
+pointwise(aten.expm1.default, lambda t, x: t * x.exp())
 pointwise(aten.frac.default, lambda t: t)
-pointwise(aten.lgamma.default, lambda t, x: t * x.digamma())
 pointwise(aten.log.default, lambda t, x: t / x)
 pointwise(aten.log10.default, lambda t, x: t / (x * _LN10))
 pointwise(aten.log1p.default, lambda t, x: t / (x + 1))
 pointwise(aten.log2.default, lambda t, x: t / (x * _LN2))
-pointwise(aten.logit.default, _logit)
 pointwise(aten.nan_to_num.default, lambda t, x: t * x.isfinite())
 pointwise(aten.neg.default, lambda t: -t)
-pointwise(aten.polygamma.default, lambda t, x, n: t * torch.polygamma(n + 1, x))
 pointwise(aten.rad2deg.default, lambda t: t * (180 / math.pi))
 pointwise(aten.reciprocal.default, lambda t, out: -(t * (out * out)))
 pointwise(aten.rsqrt.default, lambda t, out: t * (-0.5 * out.pow(3)))
 pointwise(aten.sin.default, lambda t, x: t * x.cos())
-pointwise(aten.sinc.default, _sinc)
 pointwise(aten.sinh.default, lambda t, x: t * x.cosh())
 pointwise(aten.sqrt.default, lambda t, out: t / (2 * out))  # infinite at 0, as PyTorch's
 pointwise(aten.square.default, lambda t, x: t * (2 * x))
@@ -210,16 +197,14 @@ pointwise(aten.remainder.Scalar, lambda t: t)
 pointwise(aten.remainder.Scalar_Tensor, lambda t, x, self: -(t * (self / x).floor()))
 pointwise(aten.rsub.Scalar, lambda t, alpha: t * -alpha)
 pointwise(aten.sub.Scalar, lambda t: t)
-pointwise(aten.xlogy.Scalar_Other, lambda t, x, other: _xlogy(t, x, x.new_full((), other)))
-pointwise(aten.xlogy.Scalar_Self, lambda t, x, self: t * self / x)
 
 # -- two operands ----------------------------------------------------------------------------------
 
 pointwise(aten.add.Tensor, lambda t: t, lambda t, alpha: _scaled(t, alpha))
 pointwise(
     aten.atan2.default,
-    lambda t, x, y: t * (y / (x * x + y * y)),
-    lambda t, x, y: -(t * (x / (x * x + y * y))),
+    lambda t, x, y: _atan2(t, y, x),
+    lambda t, x, y: -_atan2(t, x, y),
 )
 pointwise(
     aten.clamp_max.Tensor,
@@ -255,6 +240,9 @@ pointwise(
     lambda t, x, out: t * (x / out),
     lambda t, y, out: t * (y / out),
 )
+pointwise(  # 2**y of an integer y would be an integer
+    aten.ldexp.Tensor, lambda t, y: torch.ldexp(t, y), lambda t, out: t * (out * _LN2)
+)
 pointwise(
     aten.logaddexp.default,
     lambda t, x, y: t * _lead(x, y).sigmoid(),
@@ -276,9 +264,7 @@ pointwise(
     lambda t, x, y: -(t * torch.div(x, y, rounding_mode="floor")),
 )
 pointwise(aten.rsub.Tensor, lambda t, alpha: t * -alpha, lambda t: t)
-pointwise(aten.special_xlog1py.default, _xlog1py, lambda t, x, y: t * (x / (y + 1)))
 pointwise(aten.sub.Tensor, lambda t: t, lambda t, alpha: t * -alpha)
-pointwise(aten.xlogy.Tensor, _xlogy, lambda t, x, y: t * (x / y))
 
 # -- three operands --------------------------------------------------------------------------------
 
@@ -286,7 +272,7 @@ pointwise(
     aten.addcdiv.default,
     lambda t: t,
     lambda t, z, value: t * (value / z),
-    lambda t, y, z, value: -(t * (value * (y / (z * z)))),
+    lambda t, y, z, value: -(t * (value * ((y / z) / z))),
 )
 pointwise(
     aten.addcmul.default,
@@ -351,6 +337,27 @@ def to_copy_jvp(tangents, x, **kwargs):
     return call(x, **kwargs), call(tangents[0], **kwargs)
 
 
+# -- frexp -----------------------------------------------------------------------------------------
+
+
+@vjp_rule(aten.frexp.Tensor)
+def frexp_vjp(needs, x):
+    """[*S] -> mantissa [*S], exponent [*S]; PyTorch's power of 2 is of single precision."""
+    outs = tuple(torch.frexp(x))
+    return outs, (outs[1],), _frexp_pullback
+
+
+def _frexp_pullback(residuals, needs, ct, exponent_ct=None):
+    return (None if ct is None else torch.ldexp(ct, -residuals[0]),)
+
+
+@jvp_rule(aten.frexp.Tensor)
+def frexp_jvp(tangents, x):
+    """[*S] -> mantissa [*S], exponent [*S]"""
+    outs = tuple(torch.frexp(x))
+    return outs, (torch.ldexp(tangents[0], -outs[1]), None)
+
+
 # -- sgn: not holomorphic --------------------------------------------------------------------------
 
 
@@ -375,4 +382,5 @@ def sgn_jvp(tangents, x):
 def _around_circle(t, x, out):
     """The part of t across the direction of x, over |x|: a symmetric map, so its own transpose."""
     along = (t * out.conj()).real * out
-    return where(x == 0, 0.0, (t - along) / x.abs())
+    zero = x == 0
+    return where(zero, 0.0, (t - along) / x.abs().masked_fill(zero, 1))

@@ -11,6 +11,7 @@ import math
 import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
+from lamina.autodiff.rules.scans import applied, times
 from lamina.autodiff.shapes import count_of, dims_of, in_dtype, keep_dims, restored
 from lamina_core.overloads import aten
 
@@ -66,7 +67,7 @@ def _without_each(x, dim):
         return ones
     before = torch.cat([ones, x.narrow(dim, 0, count - 1)], dim).cumprod(dim)
     after = torch.cat([ones, x.flip(dim).narrow(dim, 0, count - 1)], dim).cumprod(dim)
-    return before * after.flip(dim)
+    return times(before, after.flip(dim))
 
 
 @vjp_rule(aten.prod.default)
@@ -88,7 +89,7 @@ def prod_jvp(tangents, x, *, dtype=None):
     """[*S] -> []"""
     out = aten.prod.default(x, dtype=dtype)
     rest = _without_each(x.to(out.dtype).reshape(-1), 0)
-    return out, (tangents[0].reshape(-1) * rest).sum().to(out.dtype)
+    return out, applied(rest, tangents[0].reshape(-1)).sum().to(out.dtype)
 
 
 @vjp_rule(aten.prod.dim_int)
@@ -111,7 +112,7 @@ def prod_dim_jvp(tangents, x, dim, keepdim=False, *, dtype=None):
     """[*S] -> [*S without dim]"""
     out = aten.prod.dim_int(x, dim, keepdim, dtype=dtype)
     rest = _without_each(x.to(out.dtype), dim)
-    return out, (tangents[0] * rest).sum(dim, keepdim).to(out.dtype)
+    return out, applied(rest, tangents[0]).sum(dim, keepdim).to(out.dtype)
 
 
 # -- extrema ---------------------------------------------------------------------------------------
@@ -178,8 +179,9 @@ def _variance_ct(ct, x, dim, correction, keepdim):
 
 
 def _from_std(ct, out):
-    """The cotangent of the variance; 0 where all values are equal."""
-    return (ct / (2 * out)).masked_fill(out == 0, 0.0)
+    """The cotangent of the variance; 0 where all values are equal, as its derivatives are."""
+    flat = out == 0
+    return (ct / (2 * out.masked_fill(flat, 1))).masked_fill(flat, 0.0)
 
 
 @vjp_rule(aten.var.correction)

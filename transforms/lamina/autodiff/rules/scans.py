@@ -3,6 +3,11 @@
 Those of cumprod and logcumsumexp are linear recurrences `r[i] = b[i] + a[i] r[i - 1]`. They are
 solved by doubling, in log(n) steps of products and sums: no quotient, so right where a factor is 0,
 and differentiable again.
+
+# NOTE [Zero times overflow]
+A product of many factors is split into two in a formula, and one part may overflow where the whole
+does not: 0 times 1e200 times 1e200 is 0. `times` and `applied` multiply parts so that 0 is what
+comes out. A formula may look at factors, but not at a tangent or cotangent, in which it is linear.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from lamina.autodiff.declare import jvp_rule, linear, vjp_rule
 from lamina.autodiff.shapes import in_dtype
 from lamina_core.overloads import aten
 
+where = torch.where
+
 
 def _delayed(x, dim, by, fill):
     """[.., n, ..] -> [.., n, ..]: x[i - by], with `fill` in front."""
@@ -23,19 +30,45 @@ def _delayed(x, dim, by, fill):
     return torch.cat([front, x.narrow(dim, 0, max(count - by, 0))], dim)
 
 
-def _solved(a, b, dim):
+def times(x, y):
+    """[*S], [*S] -> [*S]: x * y, and 0 of a 0 and a finite product that has overflowed."""
+    if x.is_complex() or y.is_complex():
+        return x * y
+    most = torch.finfo(x.dtype).max
+    return where(y == 0, x.clamp(-most, most), x) * where(x == 0, y.clamp(-most, most), y)
+
+
+def applied(x, t):
+    """[*S], [*S] -> [*S]: x * t, linear in t; infinite x are applied in two steps, 0 to a 0."""
+    if x.is_complex() or t.is_complex():
+        return x * t
+    most = torch.finfo(x.dtype).max
+    return x.clamp(-most, most) * t * torch.ones_like(x).masked_fill(x.isinf(), most)
+
+
+def _held(x):
+    """With room for a cotangent below the largest number."""
+    most = torch.finfo(x.dtype).max * 1e-20 if not x.is_complex() else None
+    return x if most is None else x.clamp(-most, most)
+
+
+def _held_times(x, y):
+    return _held(times(x, y))
+
+
+def _solved(a, b, dim, product=torch.mul, apply=torch.mul):
     """The r with r[i] = b[i] + a[i] r[i - 1] and r[-1] = 0."""
     count, step = a.shape[dim], 1
     while step < count:
-        b = b + a * _delayed(b, dim, step, 0)
-        a = a * _delayed(a, dim, step, 0)
+        b = b + apply(a, _delayed(b, dim, step, 0))
+        a = product(a, _delayed(a, dim, step, 0))
         step *= 2
     return b
 
 
-def _solved_backwards(a, b, dim):
+def _solved_backwards(a, b, dim, product=torch.mul, apply=torch.mul):
     """The r with r[i] = b[i] + a[i] r[i + 1] and r[n] = 0."""
-    return _solved(a.flip(dim), b.flip(dim), dim).flip(dim)
+    return _solved(a.flip(dim), b.flip(dim), dim, product, apply).flip(dim)
 
 
 linear(aten.cumsum.default, lambda ct, dim: ct.flip(dim).cumsum(dim).flip(dim) if ct.dim() else ct)
@@ -58,7 +91,10 @@ def _cumprod_pullback(residuals, needs, ct):
     wide = x.to(ct.dtype).conj()
     before = _delayed(wide, dim, 1, 1).cumprod(dim)
     behind = _delayed(wide.flip(dim), dim, 1, 0).flip(dim)
-    return (in_dtype(before * _solved_backwards(behind, ct, dim), x.dtype),)
+    found = _solved_backwards(behind, ct, dim, times, applied)
+    # Where it is multiplied with 0 it must not overflow.
+    held = _solved_backwards(_held(behind), ct, dim, _held_times)
+    return (in_dtype(before * where(before == 0, held, found), x.dtype),)
 
 
 @jvp_rule(aten.cumprod.default)
@@ -68,7 +104,7 @@ def cumprod_jvp(tangents, x, dim, *, dtype=None):
     t = tangents[0].to(out.dtype)
     if x.dim() == 0 or x.numel() == 0:
         return out, t
-    return out, _solved(x.to(out.dtype), t * _delayed(out, dim, 1, 1), dim)
+    return out, _solved(x.to(out.dtype), t * _delayed(out, dim, 1, 1), dim, times, applied)
 
 
 # -- logcumsumexp ----------------------------------------------------------------------------------

@@ -22,17 +22,16 @@ def _slope(x, out, p, dim):
         return torch.zeros_like(x)
     if p == 1:
         return x.sgn()
-    if p == 2:
-        return (x / out).masked_fill(out == 0, 0.0)
+    zero = out == 0
+    if p == 2:  # masked on both sides: where the quotient is not read, it has to be finite
+        return (x / out.masked_fill(zero, 1)).masked_fill(zero, 0)
     size = x.abs()
     if math.isinf(p):
         hit = ((size == out) | (size.isnan() & out.isnan())).to(size.dtype)
         return x.sgn() * (hit / hit.sum(dim, keepdim=True) if x.dim() else hit)
-    if p < 1:
-        power = (size / out).pow(p - 1).masked_fill(size == 0, 0.0)
-    else:
-        power = (size / out).pow(p - 1)
-    return (x.sgn() * power).masked_fill(out == 0, 0.0)
+    # sgn is 0 where what it is multiplied with is masked.
+    share = size.masked_fill((size == 0) if p < 1 else zero, 1) / out.masked_fill(zero, 1)
+    return x.sgn() * share.pow(p - 1)
 
 
 def _pull(ct, x, out, p, dim, keepdim):
@@ -93,6 +92,24 @@ def norm_dim_jvp(tangents, x, p, dim, keepdim=False):
     """[*S] -> [*S without dim]"""
     out = aten.norm.ScalarOpt_dim(x, p, dim, keepdim)
     return out, _push(tangents[0], x, out, 2 if p is None else p, dim, keepdim)
+
+
+@decomposition(aten.dist.default)
+def dist(self, other, p=2):
+    """Two tensors that broadcast -> []"""
+    return torch.linalg.vector_norm(self - other, p)
+
+
+@decomposition(aten.renorm.default)
+def renorm(self, p, dim, maxnorm):
+    """[*S] -> [*S], each slice along dim scaled down to a norm; PyTorch's factor, with its 1e-7."""
+    if maxnorm == 0:
+        return self * 0
+    others = [d for d in range(self.dim()) if d != dim % self.dim()]
+    wide = torch.float32 if self.dtype.itemsize < 4 else None
+    norms = torch.linalg.vector_norm(self, p, others, keepdim=True, dtype=wide)
+    factor = where(norms > maxnorm, maxnorm / (norms + 1e-7), 1.0)
+    return self * factor.to(self.dtype)
 
 
 @decomposition(aten._weight_norm_interface.default)

@@ -17,26 +17,38 @@ from lamina_core.errors import MutationError, message
 from lamina_core.overloads import aten
 from lamina_core.schema import facts
 
-# Elementwise though not tagged so; some of their kernels do not broadcast.
+# Elementwise though not tagged so; some of their kernels do not broadcast. What torch makes the
+# backward ops of differs from their kernels at kinks.
 _OF_ONE_SHAPE = [
     aten._add_relu.Tensor,
     aten._dirichlet_grad.default,
     aten._standard_gamma_grad.default,
+    aten.elu_backward.default,
     aten.hardshrink_backward.default,
+    aten.hardsigmoid_backward.default,
+    aten.hardswish_backward.default,
+    aten.hardtanh_backward.default,
+    aten.leaky_relu_backward.default,
+    aten.log_sigmoid_backward.default,
+    aten.mish_backward.default,
+    aten.softplus_backward.default,
     aten.softshrink_backward.default,
 ]
 
 
 def _register_of_one_shape(op: Any) -> None:
-    count = len(facts(op).tensor_args)
+    places = facts(op).tensor_args
 
     @batching_rule(op, state="family")
     def of_one_shape(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
         """[B, *S] each -> [B, *S]"""
-        operands = list(zip(args[:count], in_dims[:count], strict=True))
+        operands = [(args[place], in_dims[place]) for place in places]
         rank = max(logical_rank(x, bdim) for x, bdim in operands)
         padded = torch.broadcast_tensors(*[pad_rank(x, bdim, rank) for x, bdim in operands])
-        return op(*padded, *args[count:], **kwargs), 0
+        given = list(args)
+        for place, x in zip(places, padded, strict=True):
+            given[place] = x
+        return op(*given, **kwargs), 0
 
 
 for _op in _OF_ONE_SHAPE:
@@ -63,6 +75,13 @@ def equal(info: Any, in_dims: Any, x: Any, y: Any) -> Any:
     return common_answer(info, same, "equal", "(x == y).all()"), None
 
 
+@batching_rule(aten.log_sigmoid_forward.default)
+def log_sigmoid_forward(info: Any, in_dims: Any, x: Any) -> Any:
+    """[B, *S] -> [B, *S] and a buffer: [B, *S] on a CPU, nothing elsewhere"""
+    out, buffer = aten.log_sigmoid_forward.default(x)
+    return (out, buffer), (in_dims[0], in_dims[0] if buffer.dim() == x.dim() else None)
+
+
 @batching_rule(aten.frexp.Tensor)
 def frexp(info: Any, in_dims: Any, x: Any) -> Any:
     """[B, *S] -> mantissa [B, *S], exponent [B, *S]"""
@@ -82,4 +101,4 @@ def rrelu_with_noise_functional(
     if not training or not x.numel():
         return torch.nn.functional.leaky_relu(x, (lower + upper) / 2), noise
     slope = torch.empty_like(x).uniform_(lower, upper, generator=generator)
-    return torch.where(x <= 0, x * slope, x), torch.where(x <= 0, slope, 1)
+    return torch.where(x <= 0, x * slope, x), torch.where(x <= 0, slope, 1.0)
