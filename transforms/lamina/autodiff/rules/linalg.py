@@ -1,4 +1,6 @@
-"""Derivatives of factorisations and solves; determinants, QR and SVD borrow PyTorch's.
+"""Derivatives of factorisations and solves; log-determinants and QR borrow PyTorch's.
+
+Eigenvalues and singular values are in `spectral`.
 
 Every formula uses results that are themselves differentiable (the solution, the inverse, the
 factor), never the LU pivots, so derivatives of every order come out right.
@@ -120,58 +122,75 @@ def inv_jvp(tangents: Any, x: Any, *, check_errors: bool = False) -> Any:
     return outs, (-inverse.matmul(tangents[0]).matmul(inverse), None)
 
 
-# -- eigenvalues of a Hermitian matrix -------------------------------------------------------------
+# -- determinant -----------------------------------------------------------------------------------
+
+# NOTE [Determinants of singular matrices]
+# The derivative of det is the adjugate, which is no inverse times a determinant where the matrix is
+# singular. Zero pivots of A are filled in: A' = A + W has an inverse, and with N = A'^-1 W, of a
+# rank k as large as the number of zeros,
+#
+#     det A = det A' det(1 - N),   det(1 - N) = 1 - e1 + e2 - e3
+#
+# in elementary symmetric functions of the eigenvalues of N, if k is 3 or less. This holds for all A
+# while W stands still, so it has the derivatives of det, of every order. For a larger k those up to
+# the third are 0. Where no pivot is 0 all that is left is det A times the inverse.
 
 
-def _gaps(values: Any) -> Any:
-    """[*B, n] -> [*B, n, n]: 1 / (value_j - value_i), 0 on the diagonal, safe to differentiate."""
-    gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
-    same = torch.ones_like(gaps, dtype=torch.bool).tril().triu()
-    return gaps.masked_fill(same, 1).reciprocal().masked_fill(same, 0)
+def _filled(a: Any, lu: Any, pivots: Any) -> tuple[Any, Any]:
+    """[*B, n, n] twice, [*B, n] -> W [*B, n, n], and [*B, 1, 1]: 0 for more than 3 zero pivots.
 
-
-@vjp_rule(aten._linalg_eigh.default)
-def eigh_rule(needs: Any, a: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
-    """[*B, n, n] -> eigenvalues [*B, n], eigenvectors [*B, n, n]; the latter are always needed."""
-    outs = aten._linalg_eigh.default(a, UPLO, True)
-    return outs, (outs[0], outs[1]), _eigh_pullback
-
-
-def _eigh_pullback(residuals: Any, needs: Any, values_ct: Any, vectors_ct: Any) -> Any:
-    values, vectors = residuals
-    dual = adjoint(vectors)
-    if vectors_ct is None:
-        if values_ct is None:
-            return (None,)
-        return ((vectors * values_ct.unsqueeze(-2)).matmul(dual),)
-    inner = dual.matmul(vectors_ct) * _gaps(values)
-    if values_ct is not None:
-        inner = inner + torch.diag_embed(values_ct)
-    return (vectors.matmul(inner).matmul(dual),)
-
-
-@jvp_rule(aten._linalg_eigh.default)
-def eigh_jvp(tangents: Any, a: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
-    """[*B, n, n] -> eigenvalues [*B, n], eigenvectors [*B, n, n]."""
-    values, vectors = aten._linalg_eigh.default(a, UPLO, True)
-    inner = adjoint(vectors).matmul(tangents[0]).matmul(vectors)
-    diagonal = inner.diagonal(dim1=-2, dim2=-1)
-    values_t = diagonal.real if diagonal.is_complex() else diagonal
-    return (values, vectors), (values_t, vectors.matmul(inner * _gaps(values)))
-
-
-@jvp_rule(aten.linalg_eig.default)
-def eig_jvp(tangents: Any, a: Any) -> Any:
-    """[*B, n, n] -> complex eigenvalues [*B, n], eigenvectors [*B, n, n] of length 1.
-
-    Reverse mode borrows PyTorch's formula; the forward one divides by 0 at second order.
+    A pivot is 0 if it is no more than what rounding leaves of a difference of its terms.
     """
-    values, vectors = aten.linalg_eig.default(a)
-    inner = torch.linalg.solve(vectors, tangents[0].to(vectors.dtype).matmul(vectors))
-    vectors_t = vectors.matmul(inner * _gaps(values))
-    stretch = (vectors.conj() * vectors_t).sum(-2, keepdim=True).real
-    values_t = inner.diagonal(dim1=-2, dim2=-1)
-    return (values, vectors), (values_t, vectors_t - vectors * stretch)
+    permutation, lower, upper = torch.lu_unpack(lu, pivots)
+    pivot = upper.diagonal(dim1=-2, dim2=-1).abs()
+    terms = (lower.abs() * upper.abs().transpose(-2, -1)).sum(-1)
+    zero = pivot <= terms * (16 * torch.finfo(terms.dtype).eps)
+    size = terms.amax(-1, keepdim=True)
+    column = zero * size.masked_fill(size == 0, 1)
+    known = (zero.sum(-1) <= 3).unsqueeze(-1).unsqueeze(-1)
+    return permutation.matmul(lower * column.unsqueeze(-2)), known.to(a.dtype)
+
+
+def _trace(a: Any) -> Any:
+    return a.diagonal(dim1=-2, dim2=-1).sum(-1).unsqueeze(-1).unsqueeze(-1)
+
+
+def _adjugate(a: Any, lu: Any, pivots: Any) -> Any:
+    """[*B, n, n] -> [*B, n, n]: the derivative of the determinant, transposed; see the NOTE."""
+    if a.shape[-1] == 0:
+        return a
+    fill, known = _filled(a, lu, pivots)
+    whole = a + fill
+    inverse = torch.linalg.inv(whole)
+    n = inverse.matmul(fill)
+    n2 = n.matmul(n)
+    p1, p2, p3 = _trace(n), _trace(n2), _trace(n2.matmul(n))
+    e2 = (p1 * p1 - p2) / 2
+    e3 = (p1 * p1 * p1 - 3 * p1 * p2 + 2 * p3) / 6
+    rest = (1 - p1 + e2) * inverse + (1 - p1) * n.matmul(inverse) + n2.matmul(inverse)
+    det = torch.linalg.det(whole).unsqueeze(-1).unsqueeze(-1)
+    return known * det * ((1 - p1 + e2 - e3) * inverse + n.matmul(rest))
+
+
+@vjp_rule(aten._linalg_det.default)
+def det_rule(needs: Any, a: Any) -> Any:
+    """[*B, n, n] -> determinant [*B], LU [*B, n, n], pivots [*B, n]."""
+    outs = aten._linalg_det.default(a)
+    return outs, (a, outs[1], outs[2]), _det_pullback
+
+
+def _det_pullback(residuals: Any, needs: Any, ct: Any, *others: Any) -> Any:
+    if ct is None:
+        return (None,)
+    return (ct.unsqueeze(-1).unsqueeze(-1) * adjoint(_adjugate(*residuals)),)
+
+
+@jvp_rule(aten._linalg_det.default)
+def det_jvp(tangents: Any, a: Any) -> Any:
+    """[*B, n, n] -> determinant [*B], LU [*B, n, n], pivots [*B, n]."""
+    outs = aten._linalg_det.default(a)
+    slope = _adjugate(a, outs[1], outs[2]).transpose(-2, -1)
+    return outs, ((slope * tangents[0]).sum((-2, -1)), None, None)
 
 
 # -- solves ----------------------------------------------------------------------------------------
@@ -263,6 +282,14 @@ def solve_triangular_jvp(
         term = a_t.matmul(x) if left else x.matmul(a_t)
         right = -term if right is None else right - term
     return x, torch.linalg.solve_triangular(a, right.expand(x.shape), **options)
+
+
+@decomposition(aten.cholesky_solve.default)
+def cholesky_solve(self: Any, input2: Any, upper: bool = False) -> Any:
+    """B [*B, n, k], a factor [*B, n, n] -> [*B, n, k]. PyTorch's formulas broadcast wrongly."""
+    lower = adjoint(input2) if upper else input2
+    half = torch.linalg.solve_triangular(lower, self, upper=False)
+    return torch.linalg.solve_triangular(adjoint(lower), half, upper=True)
 
 
 @decomposition(aten.triangular_solve.default)
