@@ -27,7 +27,14 @@ _ALSO_RANDOM = frozenset(
 # Elementwise although torch does not tag them so. The parts of hardswish and log_sigmoid have other
 # derivatives than these at the places where the parts have kinks.
 _ALSO_POINTWISE = frozenset(
-    {"aten::complex", "aten::hardswish", "aten::log_sigmoid", "aten::polar", "aten::rsub"}
+    {
+        "aten::complex",
+        "aten::hardswish",
+        "aten::leaky_relu",  # tagged from torch 2.12 on
+        "aten::log_sigmoid",
+        "aten::polar",
+        "aten::rsub",
+    }
 )
 # Tagged as random for one argument only; what they do otherwise is deterministic.
 _NOT_RANDOM = frozenset({"aten::scaled_dot_product_attention"})

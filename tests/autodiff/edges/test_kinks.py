@@ -21,7 +21,6 @@ ZERO = torch.zeros(1, dtype=double)
 KINKED = {
     "abs": torch.abs,
     "celu": F.celu,
-    "clamp": lambda x: x.clamp(-1, 1),
     "elu": F.elu,
     "frac": torch.frac,
     "hardshrink": F.hardshrink,
