@@ -1,8 +1,7 @@
 """The fused kernels of GPUs, under every transform.
 
-On meta tensors each gives the shapes and dtypes of its own meta results for the examples, stacked,
-in one call. For values each kernel of attention gets one for CPUs here, which computes its
-definition; what the transforms make of it is held to the transforms of the definition.
+Each kernel of attention gets one for CPUs here, which computes its definition; what the transforms
+make of it is held to the transforms of the definition.
 """
 
 from __future__ import annotations
