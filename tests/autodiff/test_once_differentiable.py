@@ -198,7 +198,7 @@ REFUSED = {
     pointer: "MissingRuleError: the memory of TrackedTensor(",
     python_number: "NotLinearError: linear_transpose met aten.item.default, which is not linear",
     random: "NotLinearError: linear_transpose met aten.rand_like.default, which is not linear",
-    through_numpy: "RuntimeError: .numpy() is not supported for tensor subclasses.",
+    through_numpy: "DataDependentError: the NumPy array",
     without_grad: "NotLinearError: linear_transpose met aten.mul.Tensor, which is not linear",
 }
 
