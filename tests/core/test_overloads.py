@@ -88,7 +88,7 @@ import zlib
 from lamina_core import overloads
 from lamina_core.torch_hooks import doors
 
-doors.require_proofs = lambda: None  # they need some of the rules
+doors.require_proofs = lambda when: None  # they need some of the rules
 found = overloads.Packet.__getattr__
 share = {share}
 

@@ -178,7 +178,7 @@ from torch import nn
 from lamina_core import schema_record
 from lamina_core.torch_hooks import doors
 
-doors.require_proofs = lambda: None  # they need some of the rules
+doors.require_proofs = lambda when: None  # they need some of the rules
 recorded = schema_record._accepted()
 for name in recorded:
     if zlib.crc32(name.encode()) % 4 == {share}:
