@@ -17,6 +17,7 @@ from lamina.batching.dims import (
     logical_rank,
     logical_shape,
     pad_rank,
+    shifted,
 )
 from lamina.batching.table import batching_rule
 from lamina_core.overloads import aten
@@ -135,14 +136,18 @@ def linalg_solve(info: Any, in_dims: Any, a: Any, b: Any, *, left: bool = True) 
 
 
 def _equations(a: Any, b: Any, in_dims: Any) -> Any:
-    """Both sides with the batch dim first, vectors as columns; and whether they were vectors."""
+    """Both sides with the batch dim first, vectors as columns; and whether they were vectors.
+
+    An unbatched matrix gets the dims of the other side: else ATen may take it for vectors, where
+    the batch is as large as the matrix.
+    """
     a_bdim, b_bdim = in_dims[:2]
     vector = _is_vector(logical_shape(a, a_bdim), logical_shape(b, b_bdim))
     if vector:
         b = batch_first(b, b_bdim).unsqueeze(-1)
         b_bdim = None if b_bdim is None else 0
     a, b, _ = _pair(a, a_bdim, b, b_bdim)
-    return a, b, vector
+    return a, shifted(b.unsqueeze(0), a.dim()) if b_bdim is None else b, vector
 
 
 def _is_vector(a_shape: Any, b_shape: Any) -> bool:
