@@ -36,7 +36,7 @@ def warn_if_untested() -> None:
                 f"Lamina has not been tested with torch {torch.__version__}",
                 f"tested: {tested}",
                 "what it needs of torch has been found; a rule may still be wrong there",
-                "to fix: run `python -m lamina.doctor`, which tries it, or use a tested version",
+                "to fix: run the tests on it (CONTRIBUTING.md says how), or use a tested version",
             ),
             UntestedTorchWarning,
             stacklevel=3,

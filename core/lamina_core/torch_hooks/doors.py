@@ -1,7 +1,7 @@
 """`door`: a private part of torch, found or clearly missed; `proof`: a use of it, tried.
 
 A name that torch no longer has is an error at import, and so is a door that is there but leads
-nowhere: the proofs run when `lamina` is imported, and again in `python -m lamina.doctor`. Two kinds
+nowhere: the proofs run when `lamina` is imported; `prove` runs them all again. Two kinds
 wait for their first use, as torch takes more than a second to get ready for them: nested transforms
 (it imports `torch.distributed.tensor` for the first op on a wrapper that no mode sees) and
 checkpoints (it imports its compiler).
@@ -55,8 +55,7 @@ def _missing(path: str, reason: str) -> str:
 
 
 _WAY_OUT = (
-    "to fix: install a version of torch that Lamina has been tested with (its README has the "
-    "table); `python -m lamina.doctor` says more"
+    "to fix: install a version of torch that Lamina has been tested with (its README has the table)"
 )
 
 
