@@ -299,6 +299,7 @@ class Case:
         loose: whether derivatives agree to a few digits only.
         python: whether a Python value is among the results.
         refused: whether a plain run raises, as an in-place variant may; so must every transform.
+        numbers: the numbers among the arguments, such as the bounds of `clamp`.
     """
 
     text: str
@@ -310,6 +311,7 @@ class Case:
     loose: bool
     python: bool
     refused: bool
+    numbers: tuple[float, ...]
 
 
 def _device() -> str:
@@ -455,6 +457,7 @@ def _case(op: Any, name: str, law: str, samples: list[Any]) -> Case | None:
         loose=name in LOOSE,
         python=python,
         refused=refused,
+        numbers=tuple(float(n) for n in leaves if type(n) in (int, float)),
     )
 
 

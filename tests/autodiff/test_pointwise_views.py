@@ -11,6 +11,7 @@ import operator
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import lamina
 
@@ -52,7 +53,9 @@ def same_as_autograd(f, *primals):
     if all(torch.isfinite(g).all() for g in first):
         ones = tuple(torch.ones_like(p) for p in primals)
         _, pushed = lamina.jvp(lambda *xs: f(*xs).sum(), primals, ones)
-        torch.testing.assert_close(pushed, sum(g.sum() for g in first))
+        with forward_ad.dual_level():  # which is not the transposed pullback at every NaN
+            out = f(*map(forward_ad.make_dual, primals, ones)).sum()
+            torch.testing.assert_close(pushed, forward_ad.unpack_dual(out).tangent)
 
 
 # -- kinks, ties, singular points ------------------------------------------------------------------

@@ -33,6 +33,7 @@ RULES_MAY_IMPORT = {
         "lamina_core.torch_hooks.registry",
     },
     "lamina.autodiff.rules": {
+        "lamina.autodiff.conventions",
         "lamina.autodiff.declare",
         "lamina.autodiff.shapes",
         "lamina.autodiff.rules",

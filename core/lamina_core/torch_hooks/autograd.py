@@ -10,13 +10,17 @@ from torch.autograd import forward_ad
 from lamina_core.torch_hooks.doors import door
 
 __all__ = [
+    "enter_dual_level",
+    "exit_dual_level",
     "forward_ad",
     "forward_enabled",
     "functorch_depth",
     "functorch_is_active",
+    "make_dual",
     "replace_engine",
     "run_engine",
     "set_grad_enabled",
+    "unpack_dual",
 ]
 
 # `torch.set_grad_enabled` does the same through a context manager, at three times the price.
@@ -33,6 +37,13 @@ functorch_is_active = door("torch._C._are_functorch_transforms_active", "telling
 functorch_depth = door(
     "torch._C._functorch.get_dynamic_layer_stack_depth", "refusing torch.func inside us inside it"
 )
+
+# What `forward_ad` calls. Its own functions first load decompositions, which takes seconds.
+_CONVENTIONS = "the conventions of forward mode"
+enter_dual_level = door("torch._C._enter_dual_level", _CONVENTIONS)
+exit_dual_level = door("torch._C._exit_dual_level", _CONVENTIONS)
+make_dual = door("torch._VF._make_dual", _CONVENTIONS)
+unpack_dual = door("torch._VF._unpack_dual", _CONVENTIONS)
 
 # Every call of the engine passes through this function, looked up by name each time.
 run_engine = door("torch.autograd._engine_run_backward", "errors for tensors of a transform")

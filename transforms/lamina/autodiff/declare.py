@@ -198,7 +198,14 @@ class Constant:
 
 
 def declare(
-    op: Any, make: type, products: Any, first: Any, *, replace: bool = False, given: bool = False
+    op: Any,
+    make: type,
+    products: Any,
+    first: Any,
+    *,
+    replace: bool = False,
+    given: bool = False,
+    forward: Any = None,
 ) -> None:
     """Register a declaration for both modes.
 
@@ -209,20 +216,25 @@ def declare(
         first: A function of whoever declares it: messages name its module.
         replace: Whether it may take the place of another.
         given: Whether it is given by others, for the torch that they run.
+        forward: What it is made with in forward mode, where that is something else.
     """
     # What the products name cannot be looked up in an op that this torch lacks, or has otherwise.
     other = is_absent(op) or (check(op) is not None and not given)
-    declaration: Any = Constant(op) if other else make(op, *products)
-    # Messages about a second declaration name the module of the first.
-    declaration.__module__ = getattr(first, "__module__", __name__)
-    declaration.__qualname__ = f"{make.__name__}({op})"
-    REVERSE.register(op, declaration, state="family", replace=replace, given=given)
-    FORWARD.register(op, declaration, state="family", replace=replace, given=given)
+    for table, made_with in ((REVERSE, products), (FORWARD, forward or products)):
+        declaration: Any = Constant(op) if other else make(op, *made_with)
+        # Messages about a second declaration name the module of the first.
+        declaration.__module__ = getattr(first, "__module__", __name__)
+        declaration.__qualname__ = f"{make.__name__}({op})"
+        table.register(op, declaration, state="family", replace=replace, given=given)
 
 
-def pointwise(op: Any, *products: Callable[..., Any] | None) -> None:
-    """Declare an elementwise op by one product per tensor operand (see the module)."""
-    declare(op, Pointwise, (products,), next((p for p in products if p), None))
+def pointwise(op: Any, *products: Callable[..., Any] | None, forward: Any = None) -> None:
+    """Declare an elementwise op by one product per tensor operand (see the module).
+
+    `forward` has the products of forward mode, for an op that torch differentiates otherwise there.
+    """
+    first = next((p for p in products if p), None)
+    declare(op, Pointwise, (products,), first, forward=forward and (forward,))
 
 
 def linear(op: Any, transpose: Callable[..., Any]) -> None:

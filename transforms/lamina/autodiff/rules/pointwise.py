@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from lamina.autodiff.conventions import CHOICES
 from lamina.autodiff.declare import jvp_rule, linear, pointwise, vjp_rule
 from lamina.autodiff.shapes import in_dtype
 from lamina_core.overloads import aten
@@ -83,34 +84,6 @@ def _div_mode_y(t, x, y, rounding_mode):
     return -(t * ((x / y) / y)) if rounding_mode is None else torch.zeros_like(t)
 
 
-def _clamp(t, x, min, max):
-    """Bounds count as inside, so that the derivative there is 1."""
-    if min is None:
-        return where(x <= max, t, 0.0)
-    if max is None:
-        return where(x >= min, t, 0.0)
-    return where((x >= min) & (x <= max), t, 0.0)
-
-
-def _clamp_low(t, x, y, z):
-    inside = x < y if z is None else (x < y) & (y < z)
-    return where(inside, t, 0.0)
-
-
-def _clamp_high(t, x, y, z):
-    inside = x > z if y is None else (x > z) | (z < y)
-    return where(inside, t, 0.0)
-
-
-def _larger(t, x, y):
-    """Ties share the derivative; a NaN passes it on to both."""
-    return where(x == y, t / 2, t).masked_fill(x < y, 0.0)
-
-
-def _smaller(t, x, y):
-    return where(x == y, t / 2, t).masked_fill(x > y, 0.0)
-
-
 def _lead(x, y):
     """The difference, 0 of equal infinities: masked values of -inf then have finite derivatives."""
     return where(x.isinf() & (x == y), 0.0, x - y)
@@ -156,9 +129,6 @@ pointwise(aten.asin.default, lambda t, x: t * (1 - x * x).rsqrt())
 pointwise(aten.asinh.default, _asinh)
 pointwise(aten.atan.default, _atan)
 pointwise(aten.atanh.default, lambda t, x: t / (1 - x * x))
-pointwise(aten.clamp.default, _clamp)
-pointwise(aten.clamp_max.default, lambda t, x, max: where(x <= max, t, 0.0))
-pointwise(aten.clamp_min.default, lambda t, x, min: where(x >= min, t, 0.0))
 pointwise(aten.cos.default, lambda t, x: -(t * x.sin()))
 pointwise(aten.cosh.default, lambda t, x: t * x.sinh())
 pointwise(aten.deg2rad.default, lambda t: t * (math.pi / 180))
@@ -206,30 +176,10 @@ pointwise(
     lambda t, x, y: _atan2(t, y, x),
     lambda t, x, y: -_atan2(t, x, y),
 )
-pointwise(
-    aten.clamp_max.Tensor,
-    lambda t, x, y: where(x <= y, t, 0.0),
-    lambda t, x, y: where(x > y, t, 0.0),
-)
-pointwise(
-    aten.clamp_min.Tensor,
-    lambda t, x, y: where(x >= y, t, 0.0),
-    lambda t, x, y: where(x < y, t, 0.0),
-)
 pointwise(aten.complex.default, lambda t: t, lambda t: t * 1j)
 pointwise(aten.copysign.Tensor, _copysign, None)
 pointwise(aten.div.Tensor, lambda t, y: t / y, lambda t, x, y: -(t * ((x / y) / y)))
 pointwise(aten.div.Tensor_mode, _div_mode_x, _div_mode_y)
-pointwise(
-    aten.fmax.default,  # ties go to the first operand, unlike maximum
-    lambda t, x, y: where((x >= y) | y.isnan(), t, 0.0),
-    lambda t, x, y: where((x >= y) | y.isnan(), 0.0, t),
-)
-pointwise(
-    aten.fmin.default,
-    lambda t, x, y: where((x <= y) | y.isnan(), t, 0.0),
-    lambda t, x, y: where((x <= y) | y.isnan(), 0.0, t),
-)
 pointwise(
     aten.fmod.Tensor,
     lambda t: t,
@@ -253,8 +203,6 @@ pointwise(
     lambda t, x, y: t * (_lead(x, y) * _LN2).sigmoid(),
     lambda t, x, y: t * (_lead(y, x) * _LN2).sigmoid(),
 )
-pointwise(aten.maximum.default, _larger, lambda t, x, y: _larger(t, y, x))
-pointwise(aten.minimum.default, _smaller, lambda t, x, y: _smaller(t, y, x))
 pointwise(aten.mul.Tensor, lambda t, y: t * y, lambda t, x: t * x)
 pointwise(aten.polar.default, lambda t, y: t * (y * 1j).exp(), lambda t, out: t * (out * 1j))
 pointwise(aten.pow.Tensor_Tensor, _pow_base, _pow_exponent)
@@ -280,12 +228,6 @@ pointwise(
     lambda t, z, value: t * _scaled(z, value),
     lambda t, y, value: t * _scaled(y, value),
 )
-pointwise(
-    aten.clamp.Tensor,
-    lambda t, x, y, z: _clamp(t, x, y, z),
-    _clamp_low,
-    _clamp_high,
-)
 pointwise(aten.lerp.Scalar, lambda t, weight: t * (1 - weight), lambda t, weight: t * weight)
 pointwise(
     aten.lerp.Tensor,
@@ -308,6 +250,71 @@ pointwise(  # the dead branch gets 0, even where its own derivative is not finit
     lambda t, x: where(x, t, 0.0),
     lambda t, x: where(x, 0.0, t),
 )
+
+# -- ops that return one of their operands: torch says which gets the derivative -------------------
+
+
+def _among_bounds(name, place, mode):
+    """The product of `clamp` in one operand; without one of the bounds it is another question."""
+    both, least, most = (
+        getattr(CHOICES[question], mode) for question in (name, f"{name} min", f"{name} max")
+    )
+
+    def product(t, x, low, high):
+        if low is None:
+            return most(place and place - 1, t, x, high)
+        if high is None:
+            return least(place, t, x, low)
+        return both(place, t, x, low, high)
+
+    return product
+
+
+def _clamp_by_numbers(mode):
+    product = _among_bounds("clamp", 0, mode)
+    return lambda t, x, min, max: product(t, x, min, max)
+
+
+def _clamp_by_tensors(mode):
+    products = [_among_bounds("clamp.Tensor", place, mode) for place in range(3)]
+
+    def of(product):
+        return lambda t, x, y, z: product(t, x, y, z)
+
+    return [of(product) for product in products]
+
+
+def _between_two(name, mode):
+    choose = getattr(CHOICES[name], mode)
+    return (
+        lambda t, x, y: choose(0, t, x, y),
+        lambda t, x, y: choose(1, t, x, y),
+    )
+
+
+def _below(mode):
+    choose = getattr(CHOICES["clamp_max"], mode)
+    return lambda t, x, max: choose(0, t, x, max)
+
+
+def _above(mode):
+    choose = getattr(CHOICES["clamp_min"], mode)
+    return lambda t, x, min: choose(0, t, x, min)
+
+
+pointwise(aten.clamp.default, _clamp_by_numbers("pulled"), forward=(_clamp_by_numbers("pushed"),))
+pointwise(aten.clamp.Tensor, *_clamp_by_tensors("pulled"), forward=_clamp_by_tensors("pushed"))
+pointwise(aten.clamp_max.default, _below("pulled"), forward=(_below("pushed"),))
+pointwise(aten.clamp_min.default, _above("pulled"), forward=(_above("pushed"),))
+for _op, _name in (
+    (aten.clamp_max.Tensor, "clamp_max.Tensor"),
+    (aten.clamp_min.Tensor, "clamp_min.Tensor"),
+    (aten.fmax.default, "fmax"),
+    (aten.fmin.default, "fmin"),
+    (aten.maximum.default, "maximum"),
+    (aten.minimum.default, "minimum"),
+):
+    pointwise(_op, *_between_two(_name, "pulled"), forward=_between_two(_name, "pushed"))
 
 # -- copies ----------------------------------------------------------------------------------------
 
