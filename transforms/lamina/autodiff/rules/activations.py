@@ -112,6 +112,8 @@ pointwise(
     aten._prelu_kernel.default,
     lambda t, x, y: where(x > 0, t, y * t),
     lambda t, x: where(x > 0, 0.0, x * t),
+    # At 0 forward mode takes the other side, as torch does.
+    forward=(lambda t, x, y: where(x >= 0, t, y * t), lambda t, x: where(x >= 0, 0.0, x * t)),
 )
 pointwise(aten.celu.default, lambda t, x, alpha: elu_backward(t, alpha, 1.0, 1.0 / alpha, False, x))
 pointwise(

@@ -175,12 +175,12 @@ def _logits_y(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
 def _huber_slope(x: Any, y: Any, delta: float) -> Any:
     """The bounds belong to the lines, whose second derivative is 0."""
     gap = x - y
-    return where(gap.abs() < delta, gap, gap.sign() * delta)
+    return where(gap.abs() >= delta, gap.sign() * delta, gap)  # a NaN stays one
 
 
 def _smooth_l1_slope(x: Any, y: Any, beta: float) -> Any:
     gap = x - y
-    return gap.sign() if beta == 0 else where(gap.abs() < beta, gap / beta, gap.sign())
+    return gap.sign() if beta == 0 else where(gap.abs() >= beta, gap.sign(), gap / beta)
 
 
 def _soft_margin_slope(x: Any, y: Any) -> Any:

@@ -107,9 +107,14 @@ def renorm(self, p, dim, maxnorm):
         return self * 0
     others = [d for d in range(self.dim()) if d != dim % self.dim()]
     wide = torch.float32 if self.dtype.itemsize < 4 else None
-    norms = torch.linalg.vector_norm(self, p, others, keepdim=True, dtype=wide)
-    factor = where(norms > maxnorm, maxnorm / (norms + 1e-7), 1.0)
-    return self * factor.to(self.dtype)
+
+    def norms(x):
+        return torch.linalg.vector_norm(x, p, others, keepdim=True, dtype=wide)
+
+    large = norms(self.detach()) > maxnorm
+    # A slice that stays may have a norm without derivative, or a NaN: nothing of it may come near.
+    safe = where(large, self, 1.0)
+    return where(large, safe * (maxnorm / (norms(safe) + 1e-7)).to(self.dtype), self)
 
 
 @decomposition(aten._weight_norm_interface.default)
