@@ -22,6 +22,7 @@ from lamina_core.schema import facts
 _OF_ONE_SHAPE = [
     aten._add_relu.Tensor,
     aten._dirichlet_grad.default,
+    aten._prelu_kernel.default,
     aten._standard_gamma_grad.default,
     aten.elu_backward.default,
     aten.hardshrink_backward.default,
