@@ -399,7 +399,7 @@ class ChangedOpsWarning(UserWarning):
 
     It is given once, by the import, and lists them. A rule relies on the arguments of its op, so
     the rules of these are left out: the ops are decomposed, run example by example or given
-    PyTorch's own derivative, which may be slow. `python -m lamina.coverage` shows which.
+    PyTorch's own derivative, which may be slow. `python -m lamina.doctor` shows what changed.
 
     Example:
         >>> import warnings
@@ -412,8 +412,9 @@ class ChangedOpsWarning(UserWarning):
 class UntestedTorchWarning(UserWarning):
     """Lamina was imported with a version of torch that its tests have not run on.
 
-    It is given once, by the import. `lamina_core.schema_record` compares that torch with the tested
-    ones and tries the transforms; to import without the warning:
+    It is given once, by the import, which then tries the transforms and fails if one is wrong.
+    `python -m lamina.doctor` tries more, and compares that torch with the tested ones. To import
+    without the warning:
 
     Example:
         >>> import warnings

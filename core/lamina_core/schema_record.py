@@ -160,7 +160,7 @@ def warn_of_changes() -> None:
                 f"ops of torch {torch.__version__} are not those that Lamina has rules for",
                 f"changed: {', '.join(ops)}",
                 "they are decomposed, looped over or given PyTorch's own derivative instead",
-                "to fix: nothing, if that is fast enough; `schema_record.report()` shows how they "
+                "to fix: nothing, if that is fast enough; `python -m lamina.doctor` shows how they "
                 "have changed",
             ),
             ChangedOpsWarning,

@@ -173,6 +173,7 @@ def test_a_proof_that_fails_says_what_was_found(monkeypatch):
         require_proofs("nesting")
     assert "is not hooked: a door" in str(caught.value)
     assert "found: AssertionError: 3 where 2 is right" in str(caught.value)
+    assert "`python -m lamina.doctor` tries the others too" in str(caught.value)
     # Nothing that relies on it goes on, however often it is tried.
     with pytest.raises(TorchHookError, match="is not hooked: a door"):
         vmap(grad(torch.sin))(torch.ones(3))

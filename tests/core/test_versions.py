@@ -52,7 +52,7 @@ def test_an_untested_version_is_said_to_be_one(version):
         f"UntestedTorchWarning: Lamina has not been tested with torch {version}\n"
         "  tested: 2.11 to 2.15\n"
         "  what it needs of torch has been found; a rule may still be wrong there\n"
-        "  to fix: run the tests on it (CONTRIBUTING.md says how), or use a tested version\n"
+        "  to fix: run `python -m lamina.doctor`, which tries it, or use a tested version\n"
     )
 
 

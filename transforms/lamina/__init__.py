@@ -1,5 +1,7 @@
 """Lamina: composable function transforms for PyTorch."""
 
+import importlib
+
 import lamina.autodiff.engine
 import lamina.autodiff.forward_ad
 import lamina.autodiff.function_jvp
@@ -23,8 +25,8 @@ from lamina.jacobians.products import hvp, vhp
 from lamina.jacobians.rows import Wirtinger
 from lamina_core.config import config
 from lamina_core.schema_record import warn_of_changes
-from lamina_core.torch_hooks.doors import require_proofs
-from lamina_core.versions import warn_if_untested
+from lamina_core.torch_hooks.doors import doctor_runs, require_proofs
+from lamina_core.versions import is_tested, warn_if_untested
 
 __all__ = [
     "SymbolicZero",
@@ -60,3 +62,5 @@ __all__ = [
 require_proofs("import")
 warn_if_untested()
 warn_of_changes()
+if not (is_tested() or doctor_runs()):
+    importlib.import_module("lamina.doctor.verdict").decide()

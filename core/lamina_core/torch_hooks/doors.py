@@ -1,7 +1,7 @@
 """`door`: a private part of torch, found or clearly missed; `proof`: a use of it, tried.
 
 A name that torch no longer has is an error at import, and so is a door that is there but leads
-nowhere: the proofs run when `lamina` is imported; `prove` runs them all again. Two kinds
+nowhere: the proofs run when `lamina` is imported, and again in `python -m lamina.doctor`. Two kinds
 wait for their first use, as torch takes more than a second to get ready for them: nested transforms
 (it imports `torch.distributed.tensor` for the first op on a wrapper that no mode sees) and
 checkpoints (it imports its compiler).
@@ -9,6 +9,7 @@ checkpoints (it imports its compiler).
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 
 from lamina_core.errors import TorchHookError, message
 
-__all__ = ["DOORS", "UNPROVED", "Proof", "door", "proof", "prove", "require_proofs"]
+__all__ = ["DOORS", "UNPROVED", "Proof", "doctor_runs", "door", "proof", "prove", "require_proofs"]
 
 # The doors that have been opened: dotted name -> what for.
 DOORS: dict[str, str] = {}
@@ -57,6 +58,11 @@ def _missing(path: str, reason: str) -> str:
 _WAY_OUT = (
     "to fix: install a version of torch that Lamina has been tested with (its README has the table)"
 )
+
+
+def doctor_runs() -> bool:
+    """Whether this process is `python -m lamina.doctor`, which reports what stops an import."""
+    return "lamina.doctor" in sys.orig_argv
 
 
 class Proof(NamedTuple):
@@ -142,6 +148,8 @@ def require_proofs(when: str) -> None:
         TorchHookError: If there is one.
     """
     UNPROVED.discard(when)  # the proofs rely on it
+    if when == "import" and doctor_runs():
+        return
     for name, reason, ok, detail in prove(when):
         if not ok:
             UNPROVED.add(when)
@@ -150,6 +158,6 @@ def require_proofs(when: str) -> None:
                     f"torch {torch.__version__} is not hooked: {name}",
                     f"it is needed for: {reason}",
                     f"found: {detail}",
-                    _WAY_OUT,
+                    f"{_WAY_OUT}; `python -m lamina.doctor` tries the others too",
                 )
             )
