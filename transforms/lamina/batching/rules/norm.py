@@ -1,12 +1,16 @@
-"""Batching rules of normalisation layers.
+"""Batching rules of layer norm, its kin and group norm; batch norm has a file of its own.
 
 The batch dim joins the dims that are normalised one by one: the leading dims of layer norm, N of
-group norm, the channels of batch norm. A batched affine part is applied behind the normalisation.
+group norm. A batched affine part is applied behind the normalisation.
+
+# NOTE [Half precision]
+Kernels compute in float32 what they are given in half precision, and round once. What is done here
+in more than one op is done in float32 as well. The affine part may be in float32 where the operand
+is not: then so are the statistics, on a CPU, and the gradients of the affine part.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,184 +21,27 @@ from lamina.batching.dims import (
     fold,
     leading_dims,
     logical_rank,
-    logical_shape,
     pad_rank,
     unfold,
 )
 from lamina.batching.table import batching_rule, decomposition
 from lamina_core.overloads import aten
 
-# -- batch norm ------------------------------------------------------------------------------------
+_HALF = (torch.bfloat16, torch.float16)
 
 
-@decomposition(aten._batch_norm_impl_index.default)
-def _batch_norm_impl_index(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any
-) -> Any:
-    """Batch norm as below, with the backend's reserve and index, which are not used here."""
-    momentum, eps = rest[:2]
-    outs = native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
-    return *outs, x.new_empty([0], dtype=torch.uint8), 0
+def widened(x: Any) -> Any:
+    """A value in float32 at least; see NOTE [Half precision]."""
+    return x.float() if x is not None and x.dtype in _HALF else x
 
 
-@decomposition(aten.batch_norm.default)
-def batch_norm(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any
-) -> Any:
-    """Writes to the running statistics, which its schema does not say."""
-    if not x.numel():  # then PyTorch asks for no channels, and takes no statistics
-        out = x.clone() if weight is None else x * weight[0]
-        return out if bias is None else out + bias[0]
-    momentum, eps = rest[:2]
-    return native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]
-
-
-@decomposition(aten.native_batch_norm.default)
-def native_batch_norm(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
-    """Writes to the running statistics, which its schema does not say; another op's schema does."""
-    affine = (weight, bias)
-    if not training and mean is not None:
-        return aten._native_batch_norm_legit_no_training(x, *affine, mean, var, momentum, eps)
-    if mean is None:
-        return aten._native_batch_norm_legit.no_stats(x, *affine, training, momentum, eps)
-    return aten._native_batch_norm_legit(x, *affine, mean, var, training, momentum, eps)
-
-
-@batching_rule(aten._native_batch_norm_legit.no_stats)
-def batch_norm_no_stats(
-    info: Any,
-    in_dims: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
-    """[B, N, C, *S] -> [B, N, C, *S], [B, C], [B, C]"""
-    dims = (*in_dims[:3], None, None)
-    return _batch_norm(info, dims, x, weight, bias, None, None, training, momentum, eps)
-
-
-@batching_rule(aten._native_batch_norm_legit_functional.default)
-def batch_norm_functional(
-    info: Any,
-    in_dims: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
-    """[B, N, C, *S] -> [B, N, C, *S], [B, C], twice, and the new running statistics."""
-    if not training:
-        outs, dims = _batch_norm(info, in_dims, x, weight, bias, mean, var, False, momentum, eps)
-        return (*outs, mean, var), (*dims, *in_dims[3:5])
-    dims = (*in_dims[:3], None, None)
-    outs, dims = _batch_norm(info, dims, x, weight, bias, None, None, True, momentum, eps)
-    # The statistics are taken from the saved ones: the op itself would write to what it is given.
-    shape = logical_shape(x, in_dims[0])
-    count = math.prod(shape) // max(shape[1], 1)
-    batch_mean, batch_var = outs[1], (outs[2].pow(-2) - eps).clamp(min=0)
-    batch_var = batch_var * (count / max(count - 1, 1))
-    new = [
-        _lerp(old, bdim, seen, dims[1], momentum)
-        for old, bdim, seen in zip((mean, var), in_dims[3:5], (batch_mean, batch_var), strict=True)
-    ]
-    places = [None if dims[1] is None and d is None else 0 for d in in_dims[3:5]]
-    return (*outs, *new), (*dims, *places)
-
-
-def _lerp(old: Any, old_bdim: Any, new: Any, new_bdim: Any, momentum: float) -> Any:
-    old, new = batch_first(old, old_bdim), batch_first(new, new_bdim)
-    return old * (1 - momentum) + new.to(old.dtype) * momentum
-
-
-@batching_rule(aten._native_batch_norm_legit_no_training.default)
-def batch_norm_no_training(
-    info: Any,
-    in_dims: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    momentum: float,
-    eps: float,
-) -> Any:
-    """[B, N, C, *S] -> [B, N, C, *S], and two empty tensors."""
-    return _batch_norm(info, in_dims, x, weight, bias, mean, var, False, momentum, eps)
-
-
-def _batch_norm(
-    info: Any,
-    in_dims: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
-    """Normalise with given statistics or with those of the input, without writing to any."""
-    size = info.batch_size
-    x_bdim = in_dims[0]
-    rest = (training, momentum, eps)
-    parameters = list(zip((weight, bias, mean, var), in_dims[1:5], strict=True))
-    if all(d is None for _, d in parameters) and not training:
-        outs = aten.native_batch_norm(fold(x, x_bdim, 0, size), weight, bias, mean, var, *rest)
-        return (unfold(outs[0], 0, size), *outs[1:]), (0, None, None)
-    if x_bdim is None and all(d is None for _, d in parameters[2:]):
-        out, *saved = aten.native_batch_norm(x, None, None, mean, var, *rest)
-        out, out_bdim = _affine(out, None, *parameters[:2])
-        return (out, *saved), (out_bdim, None, None)
-    folded = [None if v is None else fold(v, d, 0, size) for v, d in parameters]
-    outs = aten.native_batch_norm(fold(x, x_bdim, 1, size), *folded, *rest)
-    if not training:
-        return (unfold(outs[0], 1, size), *outs[1:]), (1, None, None)
-    return tuple(unfold(out, at, size) for out, at in zip(outs, (1, 0, 0), strict=True)), (1, 0, 0)
-
-
-@batching_rule(aten.native_batch_norm_backward.default)
-def native_batch_norm_backward(
-    info: Any,
-    in_dims: Any,
-    ct: Any,
-    x: Any,
-    weight: Any,
-    mean: Any,
-    var: Any,
-    save_mean: Any,
-    save_rstd: Any,
-    train: bool,
-    eps: float,
-    output_mask: Any,
-) -> Any:
-    """[B, N, C, *S], [B, N, C, *S] -> [B, N, C, *S], [B, C], [B, C]"""
-    size = info.batch_size
-    ct, x = (fold(v, d, 1, size) for v, d in zip((ct, x), in_dims[:2], strict=True))
-    stats = zip((weight, mean, var, save_mean, save_rstd), in_dims[2:7], strict=True)
-    folded = [None if v is None else fold(v, d, 0, size) for v, d in stats]
-    outs = aten.native_batch_norm_backward(ct, x, *folded, train, eps, output_mask)
-    kept = [out if wanted else None for out, wanted in zip(outs, output_mask, strict=True)]
-    return tuple(
-        None if out is None else unfold(out, at, size)
-        for out, at in zip(kept, (1, 0, 0), strict=True)
-    ), (1, 0, 0)
+def statistics_dtype(x: Any, *parameters: Any) -> Any:
+    """The dtype in which the kernels of one device keep the mean and the deviation of x."""
+    if x.dtype not in _HALF:
+        return x.dtype
+    if x.device.type != "cpu":
+        return torch.float32
+    return next((p.dtype for p in parameters if p is not None), x.dtype)
 
 
 # -- group norm ------------------------------------------------------------------------------------
@@ -249,18 +96,19 @@ def native_group_norm(
     size = info.batch_size
     x_bdim, w_bdim, b_bdim = in_dims[:3]
     late = w_bdim is not None or b_bdim is not None
-    affine = (None, None) if late else (weight, bias)
+    given, wide = ((None, None), widened(x)) if late else ((weight, bias), x)
     if x_bdim is None:
-        out, *stats = aten.native_group_norm(x.contiguous(), *affine, N, C, HxW, group, eps)
+        out, *stats = aten.native_group_norm(wide.contiguous(), *given, N, C, HxW, group, eps)
         out_bdim: Any = None
     else:
-        x = fold(x, x_bdim, 0, size).contiguous()
-        outs = aten.native_group_norm(x, *affine, size * N, C, HxW, group, eps)
+        wide = fold(wide, x_bdim, 0, size).contiguous()
+        outs = aten.native_group_norm(wide, *given, size * N, C, HxW, group, eps)
         out, *stats = (unfold(o, 0, size) for o in outs)
         out_bdim = 0
     if late:
-        out, to = _affine(out, out_bdim, (weight, w_bdim), (bias, b_bdim))
-        return (out, *stats), (to, out_bdim, out_bdim)
+        out, to = affine(out, out_bdim, (weight, w_bdim), (bias, b_bdim), x.dtype)
+        dtype = statistics_dtype(x, weight, bias)
+        return (out, *[stat.to(dtype) for stat in stats]), (to, out_bdim, out_bdim)
     return (out, *stats), (out_bdim,) * 3
 
 
@@ -285,29 +133,32 @@ def native_group_norm_backward(
         ensure_batched(v, d, size) for v, d in zip((ct, x, mean, rstd), in_dims[:4], strict=True)
     )
     x_ct = w_ct = b_ct = None
+    dtype = ct.dtype if weight is None else weight.dtype
     if output_mask[0]:
-        scaled, w_bdim = ct, in_dims[4]
-        if w_bdim is not None:
-            scaled, _ = _affine(ct, 0, (weight, w_bdim), (None, None))
-            weight = None
-        folded = [fold(v, 0, 0, size).contiguous() for v in (scaled, x, mean, rstd)]
+        given, inner = (ct, x, mean, rstd), weight
+        if in_dims[4] is not None:
+            given, inner = tuple(map(widened, given)), None
+            scaled, _ = affine(given[0], 0, (weight, in_dims[4]), (None, None))
+            given = (scaled, *given[1:])
+        folded = [fold(v, 0, 0, size).contiguous() for v in given]
         mask = [True, False, False]
-        x_ct = aten.native_group_norm_backward(*folded, weight, size * N, C, HxW, group, mask)[0]
-        x_ct = unfold(x_ct, 0, size)
+        x_ct = aten.native_group_norm_backward(*folded, inner, size * N, C, HxW, group, mask)[0]
+        x_ct = unfold(x_ct, 0, size).to(x.dtype)
     if output_mask[1]:
         # The normalised input is (x - mean) * rstd: sum over S first, where mean is constant.
         shape = (size, N, group, C // group)
         flat = (size, N, C, HxW)
+        ct, x, mean, rstd = map(widened, (ct, x, mean, rstd))
         products = (ct * x).reshape(flat).sum(-1).reshape(shape)
         sums = ct.reshape(flat).sum(-1).reshape(shape)
         w_ct = ((products - sums * mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).sum(1).flatten(1)
-        w_ct = w_ct.to(ct.dtype)
+        w_ct = w_ct.to(dtype)
     if output_mask[2]:
-        b_ct = ct.reshape(size, N, C, HxW).sum((1, 3))
+        b_ct = ct.reshape(size, N, C, HxW).sum((1, 3), dtype=dtype)
     return (x_ct, w_ct, b_ct), (0, 0, 0)
 
 
-def _affine(out: Any, out_bdim: Any, weight: Any, bias: Any) -> Any:
+def affine(out: Any, out_bdim: Any, weight: Any, bias: Any, dtype: Any = None) -> Any:
     """Apply weight and bias, (value, batch dim) each, along the channels, logical dim 1."""
     trailing = [1] * (logical_rank(out, out_bdim) - 2)
     columns = []
@@ -316,7 +167,7 @@ def _affine(out: Any, out_bdim: Any, weight: Any, bias: Any) -> Any:
             value = batch_first(value, bdim)
             value = value.reshape((*value.shape, *trailing))
         columns.append((value, None if bdim is None else 0))
-    return _scale(out, out_bdim, *columns)
+    return _scale(out, out_bdim, *columns, dtype)
 
 
 # -- layer norm ------------------------------------------------------------------------------------
@@ -331,8 +182,10 @@ def _fused_rms_norm(
     x, x_bdim = leading_dims(x, in_dims[0], len(normalized_shape))
     if w_bdim is None:
         return aten._fused_rms_norm(x, normalized_shape, weight, eps), (x_bdim, x_bdim)
-    out, rstd = aten._fused_rms_norm(x, normalized_shape, None, eps)
-    out, to = _scale(out, x_bdim, (weight, w_bdim), (None, None))
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    out, rstd = aten._fused_rms_norm(widened(x), normalized_shape, None, eps)
+    out, to = _scale(out, x_bdim, (weight, w_bdim), (None, None), x.dtype)
     return (out, rstd), (to, x_bdim)
 
 
@@ -352,8 +205,8 @@ def layer_norm(
     x, x_bdim = leading_dims(x, in_dims[0], len(normalized_shape))
     if w_bdim is None and b_bdim is None:
         return torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps), x_bdim
-    out = torch.nn.functional.layer_norm(x, normalized_shape, None, None, eps)
-    return _scale(out, x_bdim, (weight, w_bdim), (bias, b_bdim))
+    out = torch.nn.functional.layer_norm(widened(x), normalized_shape, None, None, eps)
+    return _scale(out, x_bdim, (weight, w_bdim), (bias, b_bdim), x.dtype)
 
 
 @batching_rule(aten.rms_norm.default)
@@ -376,9 +229,10 @@ def native_layer_norm(
     x, x_bdim = leading_dims(x, in_dims[0], len(normalized_shape))
     if w_bdim is None and b_bdim is None:
         return aten.native_layer_norm(x, normalized_shape, weight, bias, eps), (x_bdim,) * 3
-    out, *stats = aten.native_layer_norm(x, normalized_shape, None, None, eps)
-    out, to = _scale(out, x_bdim, (weight, w_bdim), (bias, b_bdim))
-    return (out, *stats), (to, x_bdim, x_bdim)
+    out, *stats = aten.native_layer_norm(widened(x), normalized_shape, None, None, eps)
+    out, to = _scale(out, x_bdim, (weight, w_bdim), (bias, b_bdim), x.dtype)
+    dtype = statistics_dtype(x, weight, bias)
+    return (out, *[stat.to(dtype) for stat in stats]), (to, x_bdim, x_bdim)
 
 
 @batching_rule(aten.native_layer_norm_backward.default)
@@ -404,25 +258,28 @@ def native_layer_norm_backward(
     mean, rstd = mean.contiguous(), rstd.contiguous()
     w_bdim = in_dims[5]
     x_ct = w_ct = b_ct = None
+    wide = tuple(map(widened, (ct, x, mean, rstd)))
     if output_mask[0]:
-        scaled = ct if w_bdim is None else _scale(ct, 0, (weight, w_bdim), (None, None))[0]
-        inner = weight if w_bdim is None else None
+        given, inner = (ct, x, mean, rstd), weight
+        if w_bdim is not None:
+            given, inner = wide, None
+            given = (_scale(given[0], 0, (weight, w_bdim), (None, None))[0], *given[1:])
         x_ct = aten.native_layer_norm_backward(
-            scaled, x, normalized_shape, mean, rstd, inner, None, [True, False, False]
-        )[0]
+            *given[:2], normalized_shape, *given[2:], inner, None, [True, False, False]
+        )[0].to(x.dtype)
     leading = list(range(1, x.dim() - count))
     if output_mask[1] and weight is not None:
-        product = ct * ((x - mean) * rstd)
+        product = wide[0] * ((wide[1] - wide[2]) * wide[3])
         w_ct = (product.sum(leading) if leading else product).to(weight.dtype)
     if output_mask[2] and bias is not None:
-        b_ct = ct.sum(leading) if leading else ct
+        b_ct = ct.sum(leading, dtype=bias.dtype) if leading else ct.to(bias.dtype)
     return (x_ct, w_ct, b_ct), (0, 0, 0)
 
 
-def _scale(out: Any, out_bdim: Any, weight: Any, bias: Any) -> Any:
-    """Apply weight and bias, (value, batch dim) each, over the last dims."""
+def _scale(out: Any, out_bdim: Any, weight: Any, bias: Any, dtype: Any = None) -> Any:
+    """Apply weight and bias, (value, batch dim) each, over the last dims; give it in a dtype."""
     rank = logical_rank(out, out_bdim)
-    dtype = out.dtype
+    dtype = out.dtype if dtype is None else dtype
     out = batch_first(out, out_bdim)
     for (value, bdim), apply in zip((weight, bias), (torch.mul, torch.add), strict=True):
         if value is not None:
