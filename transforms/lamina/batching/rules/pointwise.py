@@ -17,14 +17,16 @@ from lamina_core.errors import MutationError, message
 from lamina_core.overloads import aten
 from lamina_core.schema import facts
 
-# Elementwise though not tagged so; some of their kernels do not broadcast. What torch makes the
-# backward ops of differs from their kernels at kinks.
+# Elementwise though not tagged so; some of their kernels do not broadcast: that of gelu_backward is
+# oneDNN's in float32, and in bfloat16 on some machines. What torch makes the backward ops of
+# differs from their kernels at kinks.
 _OF_ONE_SHAPE = [
     aten._add_relu.Tensor,
     aten._dirichlet_grad.default,
     aten._prelu_kernel.default,
     aten._standard_gamma_grad.default,
     aten.elu_backward.default,
+    aten.gelu_backward.default,
     aten.hardshrink_backward.default,
     aten.hardsigmoid_backward.default,
     aten.hardswish_backward.default,
@@ -44,6 +46,9 @@ def _register_of_one_shape(op: Any) -> None:
     def of_one_shape(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
         """[B, *S] each -> [B, *S]"""
         operands = [(args[place], in_dims[place]) for place in places]
+        first, bdim = operands[0]
+        if bdim is not None and all(d == bdim and x.shape == first.shape for x, d in operands):
+            return op(*args, **kwargs), bdim
         rank = max(logical_rank(x, bdim) for x, bdim in operands)
         padded = torch.broadcast_tensors(*[pad_rank(x, bdim, rank) for x, bdim in operands])
         given = list(args)
