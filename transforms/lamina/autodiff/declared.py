@@ -1,7 +1,8 @@
 """What each kind of declaration means in reverse mode: what it keeps, and its pullback.
 
-Two forms of each: `*_rule` gives the general rule `(needs, *args) -> (out, residuals, pullback)`;
-the other pullbacks belong to the short ways in `reverse`, which keep less.
+`hand_rule` is for what is written by hand. The others have two forms: `*_rule` gives the general
+rule `(needs, *args) -> (out, residuals, pullback)`; the other pullbacks belong to the short ways in
+`reverse`, which keep less.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import Linear, Multilinear, Pointwise, unbroadcast
+from lamina.autodiff.operands import operands_of
+from lamina.autodiff.shapes import in_dtype
+from lamina_core.schema import OpFacts
 
 __all__ = [
     "binary_pullback",
+    "hand_rule",
     "linear_pullback",
     "linear_rule",
     "multilinear_rule",
@@ -27,13 +32,52 @@ __all__ = [
 Tensor = torch.Tensor
 
 
-def _real_part_for(ct: Any, dtype: Any) -> Any:
-    """A cotangent in the dtype of its primal: the real part where that is real."""
-    if ct.dtype is dtype:
-        return ct
-    if ct.is_complex() and not dtype.is_complex:
-        ct = ct.real
-    return ct if ct.dtype is dtype else ct.to(dtype)
+def hand_rule(known: OpFacts, rule: Any) -> Any:
+    """A rule by hand, with cotangents cast to the dtypes of their primals where these differ.
+
+    PyTorch's engine does so behind every formula, and a rule has it in no other way: an op that
+    promotes its operands has a cotangent of the dtype that they were promoted to.
+    """
+    positions, others = known.tensor_args, bool(known.list_args or known.tensor_kwargs)
+
+    def cast(needs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = rule(needs, *args, **kwargs)
+        if found is NotImplemented or found[2] is None:
+            return found
+        out, residuals, pullback = found
+        first = out if isinstance(out, Tensor) else _first_tensor(out)
+        dtype = None if first is None else first.dtype
+        # HOT: mostly there is one dtype, beside that of indices.
+        for position in positions:
+            if position < len(args):
+                x = args[position]
+                if x is not None and x.dtype is not dtype and x.dtype not in _INDICES:
+                    break
+        else:
+            if not others:
+                return found
+        dtypes = [None if x is None else x.dtype for x in operands_of(known, args, kwargs)]
+        if all(own is None or own is dtype or own in _INDICES for own in dtypes):
+            return found
+        return out, (pullback, dtypes, *residuals), _cast_pullback
+
+    return cast
+
+
+_INDICES = frozenset((torch.bool, torch.int64, torch.int32, torch.uint8))
+
+
+def _first_tensor(outs: Any) -> Any:
+    return next((out for out in outs if isinstance(out, Tensor)), None)
+
+
+def _cast_pullback(residuals: Any, needs: Any, *cts: Any) -> Any:
+    """Residuals: a pullback, the dtypes of the operands, the residuals of the pullback."""
+    pullback, dtypes, *rest = residuals
+    return [
+        ct if ct is None else in_dtype(ct, dtype)
+        for ct, dtype in zip(pullback(tuple(rest), needs, *cts), dtypes, strict=True)
+    ]
 
 
 def _product(function: Any, ct: Any, saved: Any) -> Any:
@@ -53,7 +97,7 @@ def pointwise_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
             continue
         function, places, shape, dtype = entry
         x_ct = _product(function, ct, [saved[p] for p in places])
-        cts.append(_real_part_for(unbroadcast(x_ct, shape), dtype))
+        cts.append(in_dtype(unbroadcast(x_ct, shape), dtype))
     return cts
 
 
@@ -141,7 +185,7 @@ def linear_rule(declared: Linear) -> Any:
 def linear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     """Residuals: the transpose, the number of operands, the dtype of the first, what is saved."""
     function, count, dtype, *saved = residuals
-    x_ct = None if ct is None else _real_part_for(function(ct, *saved), dtype)
+    x_ct = None if ct is None else in_dtype(function(ct, *saved), dtype)
     return (x_ct, *[None] * (count - 1))
 
 
@@ -161,6 +205,9 @@ def multilinear_rule(declared: Multilinear) -> Any:
     def rule(needs: Any, *args: Any, **kwargs: Any) -> Any:
         out = known.call(*args, **kwargs)
         operands = [args[p] for p in known.tensor_args]
+        dtypes = [x.dtype for x in operands]
+        if out.is_floating_point() and any(dtype is not out.dtype for dtype in dtypes):
+            operands = [x.to(out.dtype) for x in operands]  # products take one dtype
         plan: list[Any] = []
         saved: list[Any] = []
         for i, transpose in enumerate(transposes):
@@ -168,7 +215,7 @@ def multilinear_rule(declared: Multilinear) -> Any:
                 plan.append(None)
                 continue
             found = transpose.collect(out, operands, args, kwargs)
-            plan.append((transpose.function, len(saved), len(found), operands[i].dtype))
+            plan.append((transpose.function, len(saved), len(found), dtypes[i]))
             saved.extend(found)
         return out, (plan, *saved), multilinear_pullback
 
@@ -183,6 +230,6 @@ def multilinear_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     return [
         None
         if entry is None
-        else _real_part_for(entry[0](ct, *saved[entry[1] : entry[1] + entry[2]]), entry[3])
+        else in_dtype(entry[0](ct, *saved[entry[1] : entry[1] + entry[2]]), entry[3])
         for entry in plan
     ]

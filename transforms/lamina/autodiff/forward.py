@@ -26,6 +26,7 @@ from lamina.autodiff.operands import (
     split,
 )
 from lamina.autodiff.reverse import ReverseInterpreter, apply_vjp, rule_function
+from lamina.autodiff.shapes import in_dtype
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina.decompose.table import decomposition_of, made_of
@@ -194,8 +195,11 @@ def _tangents_of(interpreter: Any, cut: Split) -> tuple[Any, ...] | None:
 
 def _wrap(interpreter: Any, known: OpFacts, value: Any, tangent: Any) -> Any:
     if isinstance(value, Tensor):
-        if tangent is not None and not (value.is_floating_point() or value.is_complex()):
-            tangent = None
+        if tangent is not None:
+            if not (value.is_floating_point() or value.is_complex()):
+                tangent = None
+            elif tangent.dtype is not value.dtype:  # of operands of several dtypes
+                tangent = in_dtype(tangent, value.dtype)
         return dual(interpreter, value, tangent)
     if isinstance(value, (tuple, list)):
         tangents = tangent if isinstance(tangent, (tuple, list)) else [None] * len(value)
@@ -209,10 +213,7 @@ def _wrap(interpreter: Any, known: OpFacts, value: Any, tangent: Any) -> Any:
 
 def _as_output(tangent: Any, out: Any) -> Any:
     """A tangent in the shape and dtype of its primal."""
-    if tangent.dtype is not out.dtype:
-        if tangent.is_complex() and not out.is_complex():
-            tangent = tangent.real
-        tangent = tangent.to(out.dtype)
+    tangent = in_dtype(tangent, out.dtype)
     return tangent if tangent.shape == out.shape else tangent.expand(out.shape)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "derivative_state",
     "in_any_layout",
     "is_known",
+    "operands_of",
     "pass_through",
     "split",
 ]
@@ -115,6 +116,21 @@ def _split_rest(
         else:
             found.operands.append(None)
     return kwargs
+
+
+def operands_of(known: OpFacts, args: Any, kwargs: Any) -> list[Any]:
+    """The tensor operands of a call in the order of `Split.operands`."""
+    found = [args[p] if p < len(args) else None for p in known.tensor_args]
+    for position in known.list_args:
+        if position < len(args) and args[position] is not None:
+            found.extend(args[position])
+    for name in known.tensor_kwargs:
+        value = kwargs.get(name)
+        if isinstance(value, (list, tuple)):
+            found.extend(value)
+        else:
+            found.append(value)
+    return found
 
 
 def pass_through(interpreter: Any, handle: Any, op: Any, args: Any, kwargs: Any, cut: Split) -> Any:

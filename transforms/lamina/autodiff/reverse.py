@@ -17,6 +17,7 @@ from lamina.autodiff.declare import (
 )
 from lamina.autodiff.declared import (
     binary_pullback,
+    hand_rule,
     linear_pullback,
     linear_rule,
     multilinear_rule,
@@ -170,7 +171,7 @@ def rule_function(op: Any) -> Any:
         case Multilinear() as declared:
             return multilinear_rule(declared)
         case by_hand:
-            return by_hand
+            return hand_rule(facts(op), by_hand)
 
 
 def _constant_handler(known: OpFacts) -> Any:

@@ -130,9 +130,16 @@ def _layer_norm_jvp(tangents: Any, x: Any, shape: Any, weight: Any, bias: Any, e
     _, mean, rstd = outs
     xhat_t = xhat = None
     if x_t is not None:
-        # The Jacobian of x -> xhat is symmetric, so its pullback pushes tangents as well.
+        # The Jacobian of x -> xhat is symmetric, so its pullback pushes tangents as well. Without a
+        # weight to tell it by, the kernel takes statistics of the dtype of x alone.
         xhat_t = aten.native_layer_norm_backward.default(
-            x_t, x, shape, mean, rstd, None, None, [True, False, False]
+            *(_as(value, mean) for value in (x_t, x)),
+            shape,
+            mean,
+            rstd,
+            None,
+            None,
+            [True, False, False],
         )[0]
     if weight_t is not None:
         xhat = (x - mean) * rstd
