@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.shapes import in_dtype, widened
 from lamina_core.overloads import aten
 
 
 class _Heads:
     """Query, key, value and mask, with the query heads that share a key head in a dim of their own.
+
+    Half precision is widened, as PyTorch does outside of its fused kernels: the scores are
+    exponents.
 
     Attributes:
         scale: The factor of the scores.
@@ -29,11 +33,13 @@ class _Heads:
         self.causal, scale, shared = options
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.groups = k.shape[-3] if shared else None
+        q, k, v = map(widened, (q, k, v))
         self.q, self.mask = self.split(q), mask
         self.k, self.v = (k.unsqueeze(-3), v.unsqueeze(-3)) if shared else (k, v)
 
     def split(self, x: Any) -> Any:
-        """[*B, heads, ...] -> [*B, G, H, ...] where heads are shared."""
+        """[*B, heads, ...] -> [*B, G, H, ...] where heads are shared; in float32 at least."""
+        x = widened(x)
         if self.groups is None or x is None:
             return x
         return x.unflatten(-3, (self.groups, -1))
@@ -123,7 +129,10 @@ def attention_pullback(residuals: Any, needs: Any, ct: Any, lse_ct: Any = None) 
     if needs[2] and ct is not None:
         v_ct = p.transpose(-2, -1).matmul(ct)
         cts[2] = unbroadcast(v_ct, heads.v.shape).reshape(value.shape)
-    return cts
+    return [
+        None if x_ct is None else in_dtype(x_ct, x.dtype)
+        for x_ct, x in zip(cts, (query, key, value, mask), strict=True)
+    ]
 
 
 @jvp_rule(aten.scaled_dot_product_attention.default)
@@ -159,7 +168,7 @@ def attention_pushed(
     if q_t is not None:
         scores_t = heads.split(q_t).matmul(heads.k.transpose(-2, -1)) * heads.scale
     if k_t is not None:
-        k_t = k_t.unsqueeze(-3) if shared else k_t
+        k_t = widened(k_t.unsqueeze(-3) if shared else k_t)
         term = heads.q.matmul(k_t.transpose(-2, -1)) * heads.scale
         scores_t = term if scores_t is None else scores_t + term
     if mask_t is not None:
@@ -171,7 +180,7 @@ def attention_pushed(
         out_t = (weighted - p * mean).matmul(heads.v)
         lse_t = heads.join(mean).squeeze(-1)
     if v_t is not None:
-        term = p.matmul(v_t.unsqueeze(-3) if shared else v_t)
+        term = p.matmul(widened(v_t.unsqueeze(-3) if shared else v_t))
         out_t = term if out_t is None else out_t + term
     return heads.join(out_t), lse_t
 

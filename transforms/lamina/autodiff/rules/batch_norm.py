@@ -22,6 +22,7 @@ from lamina.autodiff.rules.norm import (
     _statistics_t,
 )
 from lamina.autodiff.rules.norm_backward import _each_as, _second
+from lamina.autodiff.shapes import widened
 from lamina_core.overloads import aten
 
 
@@ -205,7 +206,7 @@ def rms_norm_rule(
 def _rms(x: Any, normalized_shape: Any, eps: float | None) -> Any:
     """X in float32 at least, the reciprocal of its root mean square, and the dims that is over."""
     dims = list(range(x.dim() - len(normalized_shape), x.dim()))
-    wide = x.float() if x.dtype in _HALF else x
+    wide = widened(x)
     if eps is None:
         eps = torch.finfo(wide.dtype).eps
     return wide, (_square(wide).mean(dims, keepdim=True) + eps).rsqrt(), dims
@@ -213,9 +214,6 @@ def _rms(x: Any, normalized_shape: Any, eps: float | None) -> Any:
 
 def _square(x: Any) -> Any:
     return x * x  # a complex x too: that is what PyTorch's norm of complex values does
-
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _rms_norm_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
