@@ -19,7 +19,6 @@ __all__ = [
     "keep_dims",
     "restored",
     "stand_in",
-    "widened",
 ]
 
 
@@ -78,14 +77,3 @@ def restored(ct: Any, x_shape: Any, dim: Any, keepdim: bool) -> Any:
 def stand_in(like: Any, shape: Any) -> Any:
     """A tensor that shows a shape to an op which reads nothing else of it: one element."""
     return like.new_empty(()).expand(shape)
-
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def widened(x: Any) -> Any:
-    """A value in float32 if it is in half precision, in which fused kernels do not compute either.
-
-    They round once, at the end; so must a formula that stands for one.
-    """
-    return x.float() if x is not None and x.dtype in _HALF else x

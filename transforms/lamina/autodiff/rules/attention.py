@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
-from lamina.autodiff.shapes import in_dtype, widened
+from lamina.autodiff.shapes import in_dtype
+from lamina_core.half import widened
 from lamina_core.overloads import aten
 
 

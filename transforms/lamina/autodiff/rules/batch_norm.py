@@ -22,7 +22,7 @@ from lamina.autodiff.rules.norm import (
     _statistics_t,
 )
 from lamina.autodiff.rules.norm_backward import _each_as, _second
-from lamina.autodiff.shapes import widened
+from lamina_core.half import widened
 from lamina_core.overloads import aten
 
 

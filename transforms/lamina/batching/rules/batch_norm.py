@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lamina.batching.dims import batch_first, fold, logical_shape, unfold
-from lamina.batching.rules.norm import affine, statistics_dtype, widened
+from lamina.batching.rules.norm import affine, statistics_dtype
 from lamina.batching.table import batching_rule, decomposition
+from lamina_core.half import widened
 from lamina_core.overloads import aten
 
 

@@ -25,19 +25,13 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule, decomposition
+from lamina_core.half import HALF, widened
 from lamina_core.overloads import aten
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def widened(x: Any) -> Any:
-    """A value in float32 at least; see NOTE [Half precision]."""
-    return x.float() if x is not None and x.dtype in _HALF else x
 
 
 def statistics_dtype(x: Any, *parameters: Any) -> Any:
     """The dtype in which the kernels of one device keep the mean and the deviation of x."""
-    if x.dtype not in _HALF:
+    if x.dtype not in HALF:
         return x.dtype
     if x.device.type != "cpu":
         return torch.float32
