@@ -31,6 +31,10 @@ FACTORIES = """
 DRAWS = """
     bernoulli cauchy exponential geometric log_normal normal_functional random uniform
 """
+# What is drawn from a key depends on nothing else.
+KEYED = """
+    _philox_key_fold_in _philox_key_split _philox_normal _philox_randint _philox_uniform
+"""
 
 
 def overloads(names: str) -> list[object]:
@@ -55,4 +59,5 @@ constant(*overloads(POSITIONS))
 constant(*overloads(ROUNDINGS))
 constant(*overloads(FACTORIES))
 constant(*overloads(DRAWS))
+constant(*overloads(KEYED))
 constant(aten.fill.Scalar)  # of what it overwrites, only the shape and dtype are left

@@ -49,6 +49,8 @@ _OWN_BATCH = [
     aten.linalg_ldl_factor_ex.default,
     aten.linalg_lu.default,
     aten.linalg_lu_factor_ex.default,
+    aten.linalg_matrix_sqrth.default,
+    aten.linalg_polar.default,
     aten.linalg_qr.default,
     aten.linalg_slogdet.default,
     aten.linalg_svd.default,
