@@ -65,6 +65,13 @@ def test_cdist(p):
     holds_twice(f, draw(2, 7, 4))
 
 
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, float("inf")])
+@pytest.mark.parametrize("shape", [(3, 4), (1, 3, 4), (2, 1, 3, 4)], ids=str)
+def test_cdist_of_stacks_that_broadcast(p, shape):
+    y = draw(2, 5, 4, seed=4)
+    holds_twice(lambda x: torch.cdist(x, y, p, "donot_use_mm_for_euclid_dist"), draw(*shape))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf")])
 def test_pdist(p):
     holds_twice(lambda x: F.pdist(x, p), draw(4, 3))

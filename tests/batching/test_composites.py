@@ -63,6 +63,36 @@ def test_composites(name, where):
         agree(f, args, in_dims)
 
 
+STACKED = {
+    "alike": ((2, 4, 5), (2, 3, 5)),
+    "x broadcast": ((1, 4, 5), (2, 3, 5)),
+    "y broadcast": ((2, 4, 5), (1, 3, 5)),
+    "x of fewer dims": ((4, 5), (2, 3, 5)),
+    "y of fewer dims": ((2, 1, 4, 5), (2, 3, 5)),
+    "no stack": ((1, 4, 5), (0, 3, 5)),
+    "no rows": ((4, 5), (2, 0, 5)),
+    "no columns": ((1, 4, 0), (2, 3, 0)),
+}
+
+
+@WHERE
+@pytest.mark.parametrize("p", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("name", STACKED)
+def test_backward_of_distances(name, p, where):
+    x, y = STACKED[name]
+    ct = torch.cdist(torch.ones(x), torch.ones(y)).shape
+
+    def pulled(ct, x, y):
+        return torch.ops.aten._cdist_backward(ct, x, y, p, torch.cdist(x, y, p))
+
+    for args, in_dims in batches(ct, x, y, where=where):
+        agree(pulled, args, in_dims)
+        # As ordinary ops, which derivatives need, the shape is that of the op too.
+        one = [a if d is None else a.select(d, 0) for a, d in zip(args, in_dims, strict=True)]
+        near = lamina.vjp(pulled, *one)[0]
+        torch.testing.assert_close(near, pulled(*one))
+
+
 @WHERE
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(4, 5), (5,), (4, 5, 2)], ids=str)

@@ -160,25 +160,23 @@ aten.dot.default
 
 def test_explain_by_name_with_all_overloads():
     assert_expected_inline(
-        explained("aten.median"),
+        explained("aten.topk"),
         """\
-aten.median.default
-  vjp    rule (lamina.autodiff.rules.reductions._register_extremum.<locals>.extremum_vjp)
-  jvp    rule (lamina.autodiff.rules.reductions._register_extremum.<locals>.extremum_jvp)
-  vmap   rule (lamina.batching.rules.sorting.median)
-aten.median.dim
-  vjp    rule (lamina.autodiff.rules.overwriting._register_reduction.<locals>.reduction_vjp)
-  jvp    rule (lamina.autodiff.rules.overwriting._register_reduction.<locals>.reduction_jvp)
-  vmap   rule (lamina.batching.rules.sorting.median_dim)
-aten.median.dim_values
-  vjp    rule
-  jvp    rule
-  vmap   rule
-aten.median.out
+aten.topk.default
+  vjp    rule (lamina.autodiff.rules.overwriting._register_ordering.<locals>.ordering_vjp)
+  jvp    rule (lamina.autodiff.rules.overwriting._register_ordering.<locals>.ordering_jvp)
+  vmap   rule (lamina.batching.rules.sorting.topk)
+aten.topk.values
   vjp    rule
   jvp    rule
   vmap   rule""",
     )
+
+
+@pytest.mark.parametrize("op", [aten.median, aten.sum, aten.tanh], ids=str)
+def test_explain_all_overloads_that_this_torch_has(op):
+    each = [explained(getattr(op, name)) for name in op.overloads()]
+    assert explained(op) == explained(str(op)) == "\n".join(each)
 
 
 def test_explain_an_op_that_writes():

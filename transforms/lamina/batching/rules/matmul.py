@@ -107,14 +107,20 @@ def _plus(info: Any, x: Any, x_bdim: Any, product: Any, p_bdim: Any, beta: Any, 
 
 @batching_rule(aten._cdist_backward.default)
 def _cdist_backward(info: Any, in_dims: Any, ct: Any, x: Any, y: Any, p: float, cdist: Any) -> Any:
-    """[B, *, P, R], [B, *, P, M], [B, *, R, M], [B, *, P, R] -> [B, *, P, M]"""
+    """[B, *, P, R], [B, *, P, M], [B, *, R, M], [B, *, P, R] -> [B, *, P, M]
+
+    x and y may have fewer dims, and broadcast. As in the op the answer is not summed over that, and
+    is like x where there is no distance at all.
+    """
     dims = (*in_dims[:3], in_dims[4])
     ct, x, y, cdist = (
         ensure_batched(v, d, info.batch_size) for v, d in zip((ct, x, y, cdist), dims, strict=True)
     )
-    shape, rank = x.shape, cdist.dim()  # x and y may have fewer dims, and broadcast
-    x, y = shifted(x, rank).contiguous(), shifted(y, rank).contiguous()
-    return aten._cdist_backward(ct, x, y, p, cdist).sum_to_size(x.shape).reshape(shape), 0
+    stack = torch.broadcast_shapes(x.shape[1:-2], y.shape[1:-2])
+    nothing = 0 in (*x.shape[1:], *y.shape[1:])
+    shape = x.shape if nothing else (info.batch_size, *stack, *x.shape[-2:])
+    x, y = shifted(x, cdist.dim()).contiguous(), shifted(y, cdist.dim()).contiguous()
+    return aten._cdist_backward(ct, x, y, p, cdist).reshape(shape), 0
 
 
 @batching_rule(aten.cdist.default)
