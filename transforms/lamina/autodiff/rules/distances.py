@@ -36,7 +36,7 @@ def _slope(gap: Any, p: float) -> Any:
 
 @decomposition(aten._cdist_backward.default)
 def cdist_backward(grad: Any, x1: Any, x2: Any, p: float, cdist: Any) -> Any:
-    """[*B, P, R], [*B, P, M], [*B, R, M], [*B, P, R] -> [*B, P, M], or like x1 if there is nothing"""
+    """[*B, P, R], [*B, P, M], [*B, R, M], [*B, P, R] -> [*B, P, M]; like x1 if that is empty."""
     if 0 in (*x1.shape, *x2.shape):
         return torch.zeros_like(x1)
     slope = _slope(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
