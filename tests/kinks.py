@@ -85,12 +85,14 @@ class Kink:
 
     Attributes:
         case: The operator on a sample.
+        pool: What its values are drawn from.
         text: What to print about it.
         kept: The outputs that have a derivative.
         facts: One for each example.
     """
 
     case: Case
+    pool: str
     text: str
     kept: list[int]
     facts: tuple[Facts, ...]
@@ -164,7 +166,7 @@ def _kink(name: str, case: Case, pool: str, seed: str) -> Kink | None:
         facts = tuple(_facts(case, row, kept, i, unusual) for i, row in enumerate(rows))
     except (RuntimeError, ValueError, IndexError):
         return None  # values that the operator refuses, as it may
-    return Kink(case, f"{case.text} at {pool}", kept, facts)
+    return Kink(case, pool, f"{case.text} at {pool}", kept, facts)
 
 
 def _repeated(generations: Sequence[Tensors], seed: str) -> tuple[Tensors, ...] | None:
@@ -282,7 +284,7 @@ def vjp(kink: Kink) -> bool:
     f, x = _restricted(kink)
     facts = kink.facts[0]
     outs, pullback = lamina.vjp(f, *x)
-    close(outs, facts.outs, "the value")
+    agree(outs, facts.outs, x, "the value")
     agree(pullback(facts.u), facts.pulled, x, "the cotangents")
     return True
 
@@ -317,11 +319,16 @@ def vmap_vjp(kink: Kink) -> bool:
 
 
 def agree(found: Sequence, expected: Sequence, x: Tensors, what: str) -> None:
-    """As `close`; says at which values of x the first differing elements are."""
+    """As `close`, complex numbers by parts; says at which x the first differing elements are."""
+    found, expected = [*map(_parts, found)], [*map(_parts, expected)]
     try:
         close(found, expected, what)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{_places(found, expected, x)}") from error
+
+
+def _parts(t: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _places(found: Sequence, expected: Sequence, x: Tensors) -> str:
@@ -359,4 +366,6 @@ def operators() -> list[str]:
 
 def hold(name: str, law: str, seed: int = 0) -> None:
     """Fails unless the law holds at every special point of the operator."""
-    try_on_all(name, law, kinks(name, seed), LAWS[law])
+    points = kinks(name, seed)
+    assert points, f"no sample of {name} has a special point"
+    try_on_all(name, law, points, LAWS[law])

@@ -216,11 +216,15 @@ def declare(
         first: A function of whoever declares it: messages name its module.
         replace: Whether it may take the place of another.
         given: Whether it is given by others, for the torch that they run.
-        forward: What it is made with in forward mode, where that is something else.
+        forward: What it is made with in forward mode, where that is something else, or a rule.
     """
     # What the products name cannot be looked up in an op that this torch lacks, or has otherwise.
     other = is_absent(op) or (check(op) is not None and not given)
+    by_hand = callable(forward)
     for table, made_with in ((REVERSE, products), (FORWARD, forward or products)):
+        if table is FORWARD and by_hand:
+            table.register(op, forward)
+            continue
         declaration: Any = Constant(op) if other else make(op, *made_with)
         # Messages about a second declaration name the module of the first.
         declaration.__module__ = getattr(first, "__module__", __name__)
@@ -231,10 +235,12 @@ def declare(
 def pointwise(op: Any, *products: Callable[..., Any] | None, forward: Any = None) -> None:
     """Declare an elementwise op by one product per tensor operand (see the module).
 
-    `forward` has the products of forward mode, for an op that torch differentiates otherwise there.
+    `forward` has the products of forward mode, for an op that torch differentiates otherwise there,
+    or is a rule by hand, for one whose terms are not simply added.
     """
     first = next((p for p in products if p), None)
-    declare(op, Pointwise, (products,), first, forward=forward and (forward,))
+    forward = forward if callable(forward) else forward and (forward,)
+    declare(op, Pointwise, (products,), first, forward=forward)
 
 
 def linear(op: Any, transpose: Callable[..., Any]) -> None:

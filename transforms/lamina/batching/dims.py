@@ -40,6 +40,7 @@ __all__ = [
 class EmptyBatchError(Exception):
     """A rule folds a batch dim of size 0 into another, from which the other is not got back.
 
+    Or the examples are empty, and the op takes such a one alone only.
     The op is then run as by the loop, which learns the shapes of its outputs from one example.
     """
 

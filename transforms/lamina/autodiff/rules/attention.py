@@ -94,6 +94,8 @@ def attention_rule(
     """[*B, L, E], [*B, S, E], [*B, S, F], mask [*B, L, S] -> [*B, L, F]."""
     if dropout_p > 0:
         return NotImplemented
+    if not query.numel():
+        return _attend(query, key, value, attn_mask, (is_causal, scale, enable_gqa)), (), None
     if _fits_the_cpu_kernel(needs, query, key, value, attn_mask, enable_gqa):
         mask = _as_scores(attn_mask, query)
         (out, _), residuals, pullback = flash_rule(
@@ -154,6 +156,8 @@ def attention_jvp(
         return NotImplemented
     options = (is_causal, scale, enable_gqa)
     out = _attend(query, key, value, attn_mask, options)
+    if not query.numel():
+        return out, None
     return out, attention_pushed(tangents, query, key, value, attn_mask, options)[0]
 
 

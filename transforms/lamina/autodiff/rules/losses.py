@@ -154,7 +154,7 @@ def _bce_x(x: Any, y: Any, weight: Any) -> Any:
 
 
 def _bce_y(x: Any, y: Any, weight: Any) -> Any:
-    slope = (-x).log1p().clamp_min(-100) - x.log().clamp_min(-100)
+    slope = (-x).log1p() - x.log()  # infinite at 0 and 1, though the loss bounds the logarithms
     return slope if weight is None else slope * weight
 
 
@@ -168,7 +168,8 @@ def _logits_x(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
 def _logits_y(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
     slope = -x
     if pos_weight is not None:
-        slope = slope - (pos_weight - 1) * torch.nn.functional.logsigmoid(x)
+        log = torch.nn.functional.logsigmoid
+        slope = log(-x) - pos_weight * log(x)
     return slope if weight is None else slope * weight
 
 

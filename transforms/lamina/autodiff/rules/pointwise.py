@@ -15,7 +15,7 @@ import math
 import torch
 
 from lamina.autodiff.conventions import CHOICES
-from lamina.autodiff.declare import jvp_rule, linear, pointwise, vjp_rule
+from lamina.autodiff.declare import jvp_rule, pointwise, vjp_rule
 from lamina.autodiff.shapes import in_dtype
 from lamina_core.overloads import aten
 
@@ -38,10 +38,12 @@ def _abs(t, x):
 
 
 def _acosh(t, x):
-    """Two roots for complex x: the root of the product has another branch cut."""
-    if x.is_complex():
-        return t * ((x + 1).rsqrt() * (x - 1).rsqrt())
-    return t * ((x + 1).rsqrt() * (x - 1).rsqrt())  # the square may overflow
+    """Two roots: that of the product has another branch cut, and the square may overflow.
+
+    For real x the sign is that of the square, so that at -1 the slope is infinite as at 1.
+    """
+    size = x if x.is_complex() else x.abs()
+    return t * ((size + 1).rsqrt() * (size - 1).rsqrt())
 
 
 def _angle(t, x):
@@ -71,9 +73,16 @@ def _atan2(t, this, other):
     return t * ((this / size) / size)
 
 
+def _atan2_pulled(t, this, other):
+    """At (0, 0) reverse mode gives 0, as torch does, and forward mode the quotient 0 / 0."""
+    nowhere = (this == 0) & (other == 0)
+    size = torch.hypot(where(nowhere, 1.0, this), other)
+    return t * where(nowhere, 0.0, (this / size) / size)
+
+
 def _copysign(t, x, out):
-    """Sign of x times that of out, whose derivatives are 0."""
-    return t * (x.sgn() * out.sgn())
+    """Out over x, the quotient as signs, whose derivatives are 0; 0 at 0."""
+    return t * where(x.isfinite(), x.sgn() * out.sgn(), math.nan)
 
 
 def _div_mode_x(t, y, rounding_mode):
@@ -99,14 +108,15 @@ def _pow_scalar(t, x, exponent):
 
 
 def _pow_base(t, x, y):
-    """x**0 is flat at 0 as well; elsewhere its derivative is 0, but the mixed one is 1 / x."""
-    return t * (y * where((x == 0) & (y == 0), 1.0, x).pow(y - 1))
+    """x**0 is flat at 0 and NaN as well; elsewhere the slope is 0, but the mixed one is 1 / x."""
+    return t * (y * where((x.abs() > 0) | (y != 0), x, 1.0).pow(y - 1))
 
 
 def _pow_exponent(t, x, y, out):
     """0**y is flat where y >= 0, though log(0) is not finite."""
     grows = (y.real >= 0) & (y.imag == 0) if y.is_complex() else y >= 0
-    return t * (out * where((x == 0) & grows, 1.0, x.to(out.dtype)).log())
+    flat = (x == 0) & grows
+    return where(flat, 0.0, t * (out * where(flat, 1.0, x.to(out.dtype)).log()))
 
 
 def _pow_of_number(t, x, self, out):
@@ -117,6 +127,49 @@ def _pow_of_number(t, x, self, out):
     if isinstance(self, complex) or x.is_complex():
         return t * (out * cmath.log(self))
     return t * (out * (math.log(self) if self > 0 else math.nan))
+
+
+# -- forward mode where the terms are not simply added: else infinities of two terms meet ----------
+
+
+def _complex_jvp(tangents, x, y):
+    """[*S], [*S] -> [*S]"""
+    parts = [torch.zeros_like(v) if t is None else t for v, t in zip((x, y), tangents, strict=True)]
+    return torch.complex(x, y), torch.complex(*parts)
+
+
+def _div_jvp(tangents, x, y):
+    """[*S], [*S] -> [*S]; one quotient, of the difference."""
+    x_t, y_t = tangents
+    out = x / y
+    t = x_t
+    if y_t is not None:
+        t = -(y_t * out) if x_t is None else x_t - y_t * out
+    return out, in_dtype(t / y, out.dtype)
+
+
+def _lerp_jvp(tangents, x, y, weight):
+    """[*S], [*S], weight [*S] or a number -> [*S]; lerp of the tangents."""
+    x_t, y_t, weight_t = (*tangents, None)[:3]
+    terms = [] if weight_t is None else [weight_t * (y - x)]
+    if x_t is None or y_t is None:
+        terms += [] if x_t is None else [x_t * (1 - weight)]
+        terms += [] if y_t is None else [y_t * weight]
+    else:
+        terms.append(torch.lerp(x_t, y_t, weight))
+    out = torch.lerp(x, y, weight)
+    return out, sum(terms[1:], terms[0]).expand(out.shape)
+
+
+def _polar_jvp(tangents, x, y):
+    """[*S], [*S] -> [*S]; part by part."""
+    x_t, y_t = tangents
+    cos, sin = y.cos(), y.sin()
+    parts = []
+    for along, across in ((cos, -(x * sin)), (sin, x * cos)):
+        terms = [t * s for t, s in ((x_t, along), (y_t, across)) if t is not None]
+        parts.append(sum(terms[1:], terms[0]))
+    return torch.polar(x, y), torch.complex(*parts)
 
 
 # -- one operand -----------------------------------------------------------------------------------
@@ -173,12 +226,20 @@ pointwise(aten.sub.Scalar, lambda t: t)
 pointwise(aten.add.Tensor, lambda t: t, lambda t, alpha: _scaled(t, alpha))
 pointwise(
     aten.atan2.default,
-    lambda t, x, y: _atan2(t, y, x),
-    lambda t, x, y: -_atan2(t, x, y),
+    lambda t, x, y: _atan2_pulled(t, y, x),
+    lambda t, x, y: -_atan2_pulled(t, x, y),
+    forward=(lambda t, x, y: _atan2(t, y, x), lambda t, x, y: -_atan2(t, x, y)),
 )
-pointwise(aten.complex.default, lambda t: t, lambda t: t * 1j)
+pointwise(  # parts, and no product with i, which makes a NaN of an infinite part
+    aten.complex.default, lambda t: t, lambda t: -t.imag, forward=_complex_jvp
+)
 pointwise(aten.copysign.Tensor, _copysign, None)
-pointwise(aten.div.Tensor, lambda t, y: t / y, lambda t, x, y: -(t * ((x / y) / y)))
+pointwise(
+    aten.div.Tensor,
+    lambda t, y: t / y,
+    lambda t, x, y: -(t * ((x / y) / y)),
+    forward=_div_jvp,
+)
 pointwise(aten.div.Tensor_mode, _div_mode_x, _div_mode_y)
 pointwise(
     aten.fmod.Tensor,
@@ -204,7 +265,12 @@ pointwise(
     lambda t, x, y: t * (_lead(y, x) * _LN2).sigmoid(),
 )
 pointwise(aten.mul.Tensor, lambda t, y: t * y, lambda t, x: t * x)
-pointwise(aten.polar.default, lambda t, y: t * (y * 1j).exp(), lambda t, out: t * (out * 1j))
+pointwise(  # reverse mode takes the direction of the result, which has none at 0
+    aten.polar.default,
+    lambda t, x, out: t * (out.sgn() * x.sgn()),
+    lambda t, out: t * (out * 1j),
+    forward=_polar_jvp,
+)
 pointwise(aten.pow.Tensor_Tensor, _pow_base, _pow_exponent)
 pointwise(
     aten.remainder.Tensor,
@@ -228,12 +294,18 @@ pointwise(
     lambda t, z, value: t * _scaled(z, value),
     lambda t, y, value: t * _scaled(y, value),
 )
-pointwise(aten.lerp.Scalar, lambda t, weight: t * (1 - weight), lambda t, weight: t * weight)
+pointwise(
+    aten.lerp.Scalar,
+    lambda t, weight: t * (1 - weight),
+    lambda t, weight: t * weight,
+    forward=_lerp_jvp,
+)
 pointwise(
     aten.lerp.Tensor,
     lambda t, z: t * (1 - z),
     lambda t, z: t * z,
     lambda t, x, y: t * (y - x),
+    forward=_lerp_jvp,
 )
 pointwise(aten.masked_fill.Scalar, lambda t, y: t.masked_fill(y, 0.0))
 pointwise(
@@ -315,34 +387,6 @@ for _op, _name in (
     (aten.minimum.default, "minimum"),
 ):
     pointwise(_op, *_between_two(_name, "pulled"), forward=_between_two(_name, "pushed"))
-
-# -- copies ----------------------------------------------------------------------------------------
-
-linear(aten.clone.default, lambda ct: ct)
-linear(aten.lift.default, lambda ct: ct)
-linear(aten.lift_fresh.default, lambda ct: ct)
-
-
-@vjp_rule(aten._to_copy.default)
-def to_copy_vjp(needs, x, **kwargs):
-    """[*S] -> [*S], in another dtype or on another device, where the cotangent comes back from."""
-    return aten._to_copy.default(x, **kwargs), (x.dtype, x.device), _to_copy_pullback
-
-
-def _to_copy_pullback(residuals, needs, ct):
-    dtype, device = residuals
-    if ct is None:
-        return (None,)
-    ct = in_dtype(ct, dtype)
-    return (ct if ct.device == device else ct.to(device),)
-
-
-@jvp_rule(aten._to_copy.default)
-def to_copy_jvp(tangents, x, **kwargs):
-    """[*S] -> [*S], the tangent copied likewise."""
-    call = aten._to_copy.default
-    return call(x, **kwargs), call(tangents[0], **kwargs)
-
 
 # -- frexp -----------------------------------------------------------------------------------------
 

@@ -118,35 +118,46 @@ def prod_dim_jvp(tangents, x, dim, keepdim=False, *, dtype=None):
 # -- extrema ---------------------------------------------------------------------------------------
 
 
-def _share(x, out, dim, keepdim):
-    """Each element's share in an extremum, in the dtype of x: 1 / the number of ties, or 0."""
-    top = keep_dims(out, x.dim(), dim, keepdim)
-    hit = ((x == top) | (x.isnan() & top.isnan())).to(x.dtype)
-    return hit / hit.sum(dim, keepdim=True) if x.dim() else hit
+def _hits(x, out, dim, keepdim):
+    """Which elements are the extremum, and how many. None is NaN, which torch divides by."""
+    hit = x == keep_dims(out, x.dim(), dim, keepdim)
+    return hit, hit.sum(dim, keepdim=True)
 
 
 def _register_extremum(op, whole):
     """Rules of `op(x, dim, keepdim)`, or of `op(x)` where it is always over the whole tensor."""
+    pullback = _whole_extremum_pullback if whole else _extremum_pullback
 
     @vjp_rule(op)
     def extremum_vjp(needs, x, dim=None, keepdim=False):
         """[*S] -> [*S without dim]; ties share evenly."""
         out = op(x) if whole else op(x, dim or [], keepdim)
-        return out, (x, out, dims_of(x.dim(), dim), keepdim), _extremum_pullback
+        return out, (x, out, dims_of(x.dim(), dim), keepdim), pullback
 
     @jvp_rule(op)
     def extremum_jvp(tangents, x, dim=None, keepdim=False):
         """[*S] -> [*S without dim]; the mean of the tangents of ties."""
         dim = dims_of(x.dim(), dim) if dim != [] else dims_of(x.dim(), None)
         out = op(x) if whole else op(x, dim, keepdim)
-        return out, (tangents[0] * _share(x, out, dim, keepdim)).sum(dim, keepdim)
+        hit, count = _hits(x, out, dim, keepdim)
+        return out, (where(hit, tangents[0], 0.0) / count).sum(dim, keepdim)
 
 
 def _extremum_pullback(residuals, needs, ct):
     x, out, dim, keepdim = residuals
     if ct is None:
         return (None,)
-    return (keep_dims(ct, x.dim(), dim, keepdim) * _share(x, out, dim, keepdim),)
+    hit, count = _hits(x, out, dim, keepdim)
+    return (keep_dims(ct, x.dim(), dim, keepdim) / count * hit,)
+
+
+def _whole_extremum_pullback(residuals, needs, ct):
+    """Here NaNs share the cotangent of a NaN, and the others get 0 of an infinite one."""
+    x, out, _, _ = residuals
+    if ct is None:
+        return (None,)
+    hit = (x == out) | (x.isnan() & out.isnan())
+    return (where(hit, ct / hit.sum(), 0.0),)
 
 
 for _op in (aten.amax.default, aten.amin.default):

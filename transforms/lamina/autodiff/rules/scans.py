@@ -111,10 +111,15 @@ def cumprod_jvp(tangents, x, dim, *, dtype=None):
 
 
 def _ratios(x, out, dim):
-    """exp(x[i] - out[i]) and exp(out[i - 1] - out[i]), neither above 1; 0 where all is -inf."""
+    """exp(x[i] - out[i]) and exp(out[i - 1] - out[i]), neither above 1; 0 where all is -inf.
+
+    Behind an infinity the sum does not change.
+    """
     nothing = out.real == -math.inf if out.is_complex() else out == -math.inf
     own = (x - out).exp().masked_fill(nothing, 0.0)
-    earlier = (_delayed(out, dim, 1, -math.inf) - out).exp().masked_fill(nothing, 0.0)
+    before = _delayed(out, dim, 1, -math.inf)
+    gap = (before - out).masked_fill((before == out) & out.isinf(), 0.0)
+    earlier = gap.exp().masked_fill(nothing, 0.0)
     return own, earlier
 
 

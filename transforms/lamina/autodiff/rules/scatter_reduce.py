@@ -84,8 +84,8 @@ def _extremum_pullback(
         x_hit = x_hit.scatter(dim, index, 0)
     src_hit = (src == out.gather(dim, index)).to(ct.dtype)
     count = x_hit.scatter_add(dim, index, src_hit)
-    # No element equals a NaN. Its cotangent is not divided by 0, for tangents come back this way.
-    share = where(count == 0, 0.0, ct) / count.clamp_min(1)
+    # The initial value of a segment may be what none of its elements is; where it is NaN, so is ct.
+    share = ct / count.masked_fill((count == 0) & (out == out), 1)
     return x_hit * share, src_hit * share.gather(dim, index)
 
 

@@ -54,20 +54,23 @@ def _sinc_slope(angle: Any) -> Any:
 
 
 def _xlogy(t: Any, x: Any, y: Any) -> Any:
-    return t * where((x == 0) & (y <= 0), 1.0, y.to(t.dtype)).log()
+    """0 log y is 0 for every y, also for the t of 0."""
+    flat = (x == 0) & (y <= 0)
+    return where(flat, 0.0, torch.xlogy(t, where(flat, 1.0, y.to(t.dtype))))
 
 
 def _xlogy_y(t: Any, x: Any, y: Any) -> Any:
-    """0 log y is 0 for every y."""
-    return t * (x / where((x == 0) & (y == 0), 1.0, y))
+    """At (0, 0) the quotient 0 / 0, as in torch, though 0 log y is 0 for every y."""
+    return t * (x / y)
 
 
 def _xlog1py(t: Any, x: Any, y: Any) -> Any:
-    return t * where((x == 0) & (y <= -1), 0.0, y.to(t.dtype)).log1p()
+    flat = (x == 0) & (y <= -1)
+    return where(flat, 0.0, special.xlog1py(t, where(flat, 0.0, y.to(t.dtype))))
 
 
 def _xlog1py_y(t: Any, x: Any, y: Any) -> Any:
-    return t * (x / (where((x == 0) & (y == -1), 0.0, y) + 1))
+    return t * (x / (y + 1))
 
 
 pointwise(aten.logit.default, _logit)

@@ -18,8 +18,6 @@ where = torch.where
 
 def _slope(x, out, p, dim):
     """d|x|_p / dx with `out` = |x|_p, both with all dims, in the dtype of x."""
-    if p == 0:
-        return torch.zeros_like(x)
     if p == 1:
         return x.sgn()
     zero = out == 0
@@ -29,19 +27,30 @@ def _slope(x, out, p, dim):
     if math.isinf(p):
         hit = ((size == out) | (size.isnan() & out.isnan())).to(size.dtype)
         return x.sgn() * (hit / hit.sum(dim, keepdim=True) if x.dim() else hit)
+    if p < 1:  # with p below 0 one element of 0 is enough for a norm of 0, which is flat
+        size = size.masked_fill(size == 0, 1)
+        share = size.masked_fill(zero, 1) / out.masked_fill(zero, 1)
+        return (x.sgn() * share.pow(p - 1)).masked_fill(zero, 0)
     # sgn is 0 where what it is multiplied with is masked.
-    share = size.masked_fill((size == 0) if p < 1 else zero, 1) / out.masked_fill(zero, 1)
+    share = size.masked_fill(zero, 1) / out.masked_fill(zero, 1)
     return x.sgn() * share.pow(p - 1)
 
 
 def _pull(ct, x, out, p, dim, keepdim):
+    if p == 0:
+        return torch.zeros_like(x)  # also of an infinite cotangent
     rank, dims = x.dim(), dims_of(x.dim(), dim)
     full = keep_dims(out, rank, dims, keepdim)
     wide = x if x.dtype.itemsize >= full.dtype.itemsize else x.to(full.to(x.dtype).dtype)
-    return in_dtype(keep_dims(ct, rank, dims, keepdim) * _slope(wide, full, p, dims), x.dtype)
+    ct = keep_dims(ct, rank, dims, keepdim)
+    if p > 1 and p != 2 and not math.isinf(p):
+        ct = ct.masked_fill(full == 0, 0)  # then also an infinite one is 0, as in torch
+    return in_dtype(ct * _slope(wide, full, p, dims), x.dtype)
 
 
 def _push(t, x, out, p, dim, keepdim):
+    if p == 0:
+        return torch.zeros_like(out)
     dims = dims_of(x.dim(), dim)
     slope = _slope(x, keep_dims(out, x.dim(), dims, keepdim), p, dims)
     term = (slope.conj() * t).real if x.is_complex() else slope * t

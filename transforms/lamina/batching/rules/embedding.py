@@ -137,14 +137,22 @@ def _embedding_bag(
         entries = entries * per_sample_weights.unsqueeze(-1)
     if mode == MAX:
         where = bag.unsqueeze(-1).expand_as(entries)
-        low = torch.where(counts.unsqueeze(-1), entries, torch.full_like(entries, -torch.inf))
+        shown = counts.unsqueeze(-1) & ~entries.isnan()  # a NaN is larger than nothing
+        low = torch.where(shown, entries, torch.full_like(entries, -torch.inf))
         best = torch.full_like(entries[:1], -torch.inf).expand(bags, columns)
         best = best.scatter_reduce(0, where, low, "amax")
-        hit = (low == best.index_select(0, bag)) & counts.unsqueeze(-1)
+        hit = (low == best.index_select(0, bag)) & shown
         first = torch.full_like(where[:1], index.shape[0]).expand(bags, columns)
         numbers = place.to(index.dtype).unsqueeze(-1).expand_as(where)
         beyond = torch.full_like(numbers, index.shape[0])
+        # The first entry of a bag is taken as it is, and nothing is larger than a NaN either.
+        opening = first.scatter_reduce(
+            0, where, torch.where(counts.unsqueeze(-1), numbers, beyond), "amin"
+        )
+        opens = (numbers == opening.index_select(0, bag)) & entries.isnan()
+        stuck = torch.zeros_like(first).index_add(0, bag, opens.to(first.dtype)) > 0
         first = first.scatter_reduce(0, where, torch.where(hit, numbers, beyond), "amin")
+        first = torch.where(stuck, opening, first)
         found = first < index.shape[0]
         chosen = torch.where(found, first, torch.zeros_like(first))
         argmax = index.index_select(0, chosen.flatten()).reshape(first.shape)

@@ -113,6 +113,8 @@ def _into_n(info: Any, in_dims: Any, op: Any, spatial: int, args: Any, kwargs: A
     """Run `op` with the batch dim of every tensor in N."""
     size = info.batch_size
     has_n = logical_rank(args[0], in_dims[0]) > spatial + 1
+    if size and not has_n and not args[0].numel():
+        raise EmptyBatchError  # some kernels take no channels where there is no N, and only there
     values = list(args)
     places = facts(op).tensor_args
     for at in places:
