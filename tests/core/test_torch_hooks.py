@@ -180,6 +180,14 @@ def test_a_proof_that_fails_says_what_was_found(monkeypatch):
     doors.UNPROVED.discard("nesting")
 
 
+def test_proofs_leave_no_python_to_the_end_of_their_thread(monkeypatch):
+    left = []
+    monkeypatch.setattr(doors, "_CHECKS", [*doors._CHECKS])
+    proof("a last look", "an example")(lambda: left.append(torch._C._is_key_in_tls("context")))
+    assert all(found.ok for found in prove())
+    assert left == [False]
+
+
 USES = """
 import sys, torch, lamina
 from torch.utils.checkpoint import checkpoint
