@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lamina_core.torch_hooks import doors
 from lamina_core.torch_hooks.autograd import replace_engine, run_engine
 from lamina_core.torch_hooks.doors import DOORS, door, proof, prove, require_proofs
 from lamina_core.torch_hooks.functions import USUAL_APPLY
+from lamina_core.torch_hooks.threads import in_own_thread
 from lamina_core.wrapper import LevelTensor
 
 WITHOUT_EACH = """
@@ -180,12 +183,28 @@ def test_a_proof_that_fails_says_what_was_found(monkeypatch):
     doors.UNPROVED.discard("nesting")
 
 
-def test_proofs_leave_no_python_to_the_end_of_their_thread(monkeypatch):
-    left = []
-    monkeypatch.setattr(doors, "_CHECKS", [*doors._CHECKS])
-    proof("a last look", "an example")(lambda: left.append(torch._C._is_key_in_tls("context")))
-    assert all(found.ok for found in prove())
-    assert left == [False]
+class Slow:
+    """What takes a while to drop."""
+
+    def __init__(self, dropped):
+        self.dropped = dropped
+
+    def __del__(self):
+        time.sleep(0.1)
+        self.dropped.append("all of it")
+
+
+def test_nothing_is_left_of_a_thread_of_its_own_when_it_returns():
+    dropped = []
+
+    def leave_something():
+        torch._C._stash_obj_in_tls("of a test", Slow(dropped))
+        return threading.get_ident()
+
+    assert in_own_thread(leave_something) != threading.get_ident()
+    assert dropped == ["all of it"]
+    with pytest.raises(ZeroDivisionError):
+        in_own_thread(lambda: 1 // 0)
 
 
 USES = """

@@ -19,7 +19,6 @@ from lamina.batching.api import vmap
 from lamina_core.errors import LaminaError
 from lamina_core.level import stand_in
 from lamina_core.mode import thread_mode
-from lamina_core.overloads import aten
 from lamina_core.torch_hooks.doors import proof
 from lamina_core.torch_hooks.functions import USUAL_APPLY, original_apply
 from lamina_core.torch_hooks.keys import excluded_keys, included_keys
@@ -66,9 +65,7 @@ def _modes() -> None:
 def _keys() -> None:
     before = str(included_keys()), str(excluded_keys()), mode_count()
     w = _ones(2).requires_grad_()
-    # The op, as the method of torch 2.12 leaves a Python object to the end of the thread, where
-    # it needs the interpreter: a process that was ending too would be aborted.
-    aten._backward(vmap(lambda x: (x * w).sum())(_ones(3, 2)).sum(), [w])
+    vmap(lambda x: (x * w).sum())(_ones(3, 2)).sum().backward()
     _expect(w.grad, [3.0, 3.0], "backward() to a parameter that a mapped function captures")
     after = str(included_keys()), str(excluded_keys()), mode_count()
     _expect(after, before, "the dispatch keys and modes after a transform")

@@ -10,13 +10,13 @@ checkpoints (it imports its compiler).
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from lamina_core.errors import TorchHookError, message
+from lamina_core.torch_hooks.threads import in_own_thread
 
 __all__ = ["DOORS", "UNPROVED", "Proof", "doctor_runs", "door", "proof", "prove", "require_proofs"]
 
@@ -120,10 +120,10 @@ def prove(when: str | None = None) -> list[Proof]:
     Args:
         when: Which proofs; all if it is None.
     """
-    found: list[Proof] = []
     checks = [check for check in _CHECKS if when in (None, check.when)]
 
-    def run() -> None:
+    def run() -> list[Proof]:
+        found: list[Proof] = []
         for name, reason, check, _ in checks:
             try:
                 check()
@@ -131,11 +131,9 @@ def prove(when: str | None = None) -> list[Proof]:
                 found.append(Proof(name, reason, False, f"{type(error).__name__}: {error}"))
             else:
                 found.append(Proof(name, reason, True, ""))
+        return found
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return found
+    return in_own_thread(run)
 
 
 def require_proofs(when: str) -> None:

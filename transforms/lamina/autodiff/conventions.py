@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import operator
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from lamina_core.torch_hooks.autograd import (
     make_dual,
     unpack_dual,
 )
+from lamina_core.torch_hooks.threads import in_own_thread
 
 __all__ = ["CHOICES", "Choice", "asked", "share"]
 
@@ -139,21 +139,9 @@ _QUESTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
 
 def asked() -> dict[str, Choice]:
     """Ask torch, in a thread of its own."""
-    found: dict[str, Choice] = {}
-    failures: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            found.update({name: _choice(*question) for name, question in _QUESTIONS.items()})
-        except BaseException as error:  # raised in the thread of the caller
-            failures.append(error)
-
-    thread = threading.Thread(target=ask, name="lamina-conventions")
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return found
+    return in_own_thread(
+        lambda: {name: _choice(*question) for name, question in _QUESTIONS.items()}
+    )
 
 
 def _choice(op: Callable[..., Any], count: int, wanted: int) -> Choice:

@@ -7,7 +7,6 @@ on; all of them in `python -m lamina.doctor`.
 
 from __future__ import annotations
 
-import threading
 import time
 import traceback
 import warnings
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from lamina_core.config import config
+from lamina_core.torch_hooks.threads import in_own_thread
 
 __all__ = ["CHECKS", "Check", "Kit", "Result", "WrongAnswerError", "check", "run"]
 
@@ -181,9 +181,9 @@ def run(
         >>> {result.ok for result in run(quick)}
         {True}
     """
-    results: list[Result] = []
 
-    def work() -> None:
+    def work() -> list[Result]:
+        results: list[Result] = []
         kit = Kit(device)
         for one in checks:
             with _undisturbed(kit.device):
@@ -191,11 +191,9 @@ def run(
             results.append(result)
             if tell is not None:
                 tell(result)
+        return results
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return results
+    return in_own_thread(work)
 
 
 def _result(one: Check, kit: Kit) -> Result:
