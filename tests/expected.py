@@ -37,7 +37,10 @@ _NOT_MAPPED = {
 
 EXPECTED: dict[tuple[str, str, str], str] = {
     **{(op, "", law): _NOT_MAPPED[op] for op in _NOT_MAPPED for law in VMAP_LAWS},
+    **{(op, "", "coincidences_values"): _NOT_MAPPED[op] for op in _NOT_MAPPED},
     ("bincount", "", "vmap_vmap"): _LENGTH,
+    ("nn.functional.gaussian_nll_loss", "", "coincidences_pullbacks"): _CHECKED,
+    ("nn.functional.gaussian_nll_loss", "", "coincidences_pushforwards"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "jvp_vmap"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "vjp_vmap"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "vmap_jvp"): _CHECKED,

@@ -105,7 +105,7 @@ def vmap_is_a_stacked_loop(case: Case) -> bool:
         raise AssertionError("vmap does not raise, and PyTorch does")
     for turn, batched in enumerate(subsets(len(case.generations[0]))):
         rows = [case.function(*examples(case, batched, i)) for i in range(BATCH)]
-        ragged = not _stackable(case, rows)
+        ragged = not stackable(case, rows)
         expected = () if ragged else stacked(rows)
         for place in ("first", "last", "negative"):
             args, in_dims = batch(case, batched, place)
@@ -122,7 +122,7 @@ def vmap_is_a_stacked_loop(case: Case) -> bool:
     return True
 
 
-def _stackable(case: Case, rows: Sequence[Tensors]) -> bool:
+def stackable(case: Case, rows: Sequence[Tensors]) -> bool:
     """Whether the results of examples are of one shape each, and of one value if of Python."""
     columns = list(zip(*rows, strict=True))
     if any(len({t.shape for t in column}) > 1 for column in columns):
@@ -144,7 +144,7 @@ def vmap_of_vmap_is_two_loops(case: Case) -> bool:
             ]
             for o in range(OUTER)
         ]
-        fits = _stackable(case, [outs for row in rows for outs in row])
+        fits = stackable(case, [outs for row in rows for outs in row])
         args, outer_dims, inner_dims = zip(*places, strict=True)
         try:
             inner = lamina.vmap(case.function, inner_dims)
@@ -200,7 +200,7 @@ def vmap_of_no_examples(case: Case) -> bool:
     if case.random:
         return False
     rows = [case.function(*generation) for generation in case.generations]
-    if case.python or not _stackable(case, rows):
+    if case.python or not stackable(case, rows):
         return True  # the results depend on values, of which there are none
     plain = rows[0]
     everything = tuple(range(len(case.generations[0])))
@@ -282,15 +282,10 @@ def jvp_is_the_transposed_vjp(case: Case) -> bool:
     f, primals = restricted(case, tensors, kept)
     tangents = tuple(noise(p, 7 + i) for i, p in enumerate(primals))
     plain, _ = restricted(of_reference(case), tensors, kept)
-    try:
-        expected, loose = _pushforward(plain, primals, tangents), case.loose
-    except (RuntimeError, NotImplementedError):
-        expected = None
-    if expected is None or not all(t.isfinite().all() for t in expected):
-        expected, loose = _central_difference(plain, primals, tangents), True
+    expected, rough = expected_tangents(plain, primals, tangents)
     devices.seed(0)
     _, actual = lamina.jvp(f, primals, tangents)
-    close(actual, expected, "the tangents", loose)
+    close(actual, expected, "the tangents", case.loose or rough)
     return True
 
 
@@ -419,6 +414,19 @@ def differentiated(case: Case, tensors: Tensors, kept: list[int] | None = None, 
         outs, primals, cotangents, allow_unused=True, materialize_grads=True
     )
     return tuple(o.detach() for o in outs), grads, cotangents
+
+
+def expected_tangents(
+    f: Callable[..., Tensors], primals: Tensors, tangents: Tensors
+) -> tuple[Tensors, bool]:
+    """The pushforward by PyTorch's pullback, else a central difference; and whether it is that."""
+    try:
+        expected = _pushforward(f, primals, tangents)
+    except (RuntimeError, NotImplementedError):
+        expected = None
+    if expected is None or not all(t.isfinite().all() for t in expected):
+        return _central_difference(f, primals, tangents), True
+    return expected, False
 
 
 def _pushforward(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:
