@@ -42,6 +42,8 @@ EXPECTED: dict[tuple[str, str, str], str] = {
     ("nn.functional.gaussian_nll_loss", "", "coincidences_pullbacks"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "coincidences_pushforwards"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "jvp_vmap"): _CHECKED,
+    ("nn.functional.gaussian_nll_loss", "", "kink_vmap"): _CHECKED,
+    ("nn.functional.gaussian_nll_loss", "", "kink_vmap_vjp"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "vjp_vmap"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "vmap_jvp"): _CHECKED,
     ("nn.functional.gaussian_nll_loss", "", "vmap_jvp_vjp"): _CHECKED,

@@ -4,7 +4,8 @@ What the derivative is there is a convention, and the one that counts is that of
 torch: its reverse mode for `vjp`, its forward mode for `jvp`. The samples are those of PyTorch's
 table with other values in them, drawn from a small pool so that every value meets itself again: see
 `POOLS`.
-What PyTorch refuses is left out, and so is what draws random numbers.
+What PyTorch refuses is left out, and so is what draws random numbers. `tests.exempt` has the places
+where the laws are not asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch.autograd import forward_ad
 
 import lamina
+from tests.exempt import EXEMPT
 from tests.laws import (
     close,
     examples,
@@ -64,19 +66,15 @@ BUILT_IN: dict[str, tuple[float, ...]] = {
 }
 
 
-# PyTorch reads memory out of bounds where the grid is not finite, and crashes.
-FINITE = frozenset("grid_sampler_2d grid_sampler_3d nn.functional.grid_sample".split())
-
-# Operators that are tried: those that choose among their operands, and others with a kink.
-OPERATORS = """
-    abs clamp clamp_max clamp_min cummax cummin fmax fmin fmod hypot kthvalue
-    linalg.vector_norm log_softmax masked_fill max.binary max.reduction_with_dim maximum
-    min.binary min.reduction_with_dim minimum mode msort nan_to_num nn.functional.hardshrink
-    nn.functional.huber_loss nn.functional.l1_loss nn.functional.margin_ranking_loss
-    nn.functional.max_pool1d nn.functional.max_pool2d nn.functional.mse_loss nn.functional.relu
-    nn.functional.smooth_l1_loss nn.functional.threshold remainder renorm sgn sort std topk var
-    where
-""".split()
+# PyTorch reads memory out of bounds where a grid is not finite, or where there are no points, and
+# crashes.
+_NOT_FINITE = ("infinities", "minus infinity", "nan")
+CRASHES: dict[str, tuple[str, ...]] = {
+    "grid_sampler_2d": _NOT_FINITE,
+    "grid_sampler_3d": _NOT_FINITE,
+    "nn.functional.grid_sample": _NOT_FINITE,
+    "nn.functional.pdist": ("empty",),
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _kinks(name: str, seed: int, count: int) -> Iterator[Kink]:
 
 
 def _kink(name: str, case: Case, pool: str, seed: str) -> Kink | None:
-    if name in FINITE and pool in ("infinities", "minus infinity", "nan"):
+    if pool in CRASHES.get(name, ()):
         return None
     values = _values(name, case, pool)
     if len(values) < len(POOLS[pool]):
@@ -319,15 +317,21 @@ def vmap_vjp(kink: Kink) -> bool:
 
 
 def agree(found: Sequence, expected: Sequence, x: Tensors, what: str) -> None:
-    """As `close`, complex numbers by parts; says at which x the first differing elements are."""
-    found, expected = [*map(_parts, found)], [*map(_parts, expected)]
+    """As `close`, complex numbers by parts; says at which x the first differing elements are.
+
+    Among complex x all that is not finite is alike: it depends on how a product is written.
+    """
+    loosely = any(p.is_complex() for p in x)
+    found, expected = ([_parts(t, loosely) for t in ts] for ts in (found, expected))
     try:
         close(found, expected, what)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{_places(found, expected, x)}") from error
 
 
-def _parts(t: torch.Tensor) -> torch.Tensor:
+def _parts(t: torch.Tensor, loosely: bool) -> torch.Tensor:
+    if loosely:
+        t = t.where(t.isfinite(), math.nan)
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
@@ -365,7 +369,9 @@ def operators() -> list[str]:
 
 
 def hold(name: str, law: str, seed: int = 0) -> None:
-    """Fails unless the law holds at every special point of the operator."""
+    """Fails unless the law holds at every special point of the operator that is not exempt."""
     points = kinks(name, seed)
     assert points, f"no sample of {name} has a special point"
-    try_on_all(name, law, points, LAWS[law])
+    asked = [k for k in points if not any(row.covers(name, law, k.pool, k.text) for row in EXEMPT)]
+    if asked:
+        try_on_all(name, law, asked, LAWS[law])

@@ -28,6 +28,7 @@ _ALSO_RANDOM = frozenset(
 # derivatives than these at the places where the parts have kinks.
 _ALSO_POINTWISE = frozenset(
     {
+        "aten::_conj_physical",  # tagged in later versions than 2.11
         "aten::complex",
         "aten::hardswish",
         "aten::leaky_relu",  # tagged from torch 2.12 on

@@ -13,13 +13,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import lamina
 from lamina.autodiff.conventions import CHOICES, asked, share
-from tests.kinks import LAWS, OPERATORS, hold
+from tests.exempt import EXEMPT
+from tests.kinks import LAWS, POOLS, hold, operators
 
 NAN = math.nan
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", operators())
 def test_kinks(name, law):
     hold(name, law)
 
@@ -27,9 +30,16 @@ def test_kinks(name, law):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", operators())
 def test_more_kinks(name, law, seed):
     hold(name, law, seed)
+
+
+def test_the_exempt_are_what_there_is():
+    for row in EXEMPT:
+        assert set(row.operators.split()) <= set(operators()), row
+        assert {f"kink_{law}" for law in row.laws.split()} <= set(LAWS), row
+        assert set(row.pools) <= set(POOLS), row
 
 
 def _ignored(x):

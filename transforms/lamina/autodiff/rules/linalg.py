@@ -200,6 +200,11 @@ def _is_vector(a: Any, b: Any) -> bool:
     return b.dim() == 1 or (a.dim() - 1 == b.dim() and b.shape == a.shape[:-1])
 
 
+def _solved(a: Any, b: Any, left: bool) -> Any:
+    """Without a check: whether a singular matrix is an error was asked in the first solve."""
+    return torch.linalg.solve_ex(a, b, left=left)[0]
+
+
 @vjp_rule(aten._linalg_solve_ex.default)
 def solve_rule(needs: Any, a: Any, b: Any, *, left: bool = True, check_errors: bool = False) -> Any:
     """A [*B, n, n], b [*B, n] or [*B, n, k] -> solution like b, LU, pivots, info."""
@@ -212,7 +217,7 @@ def _solve_pullback(residuals: Any, needs: Any, ct: Any, *others: Any) -> Any:
     a, x, vector, b_shape, left = residuals
     if ct is None:
         return None, None
-    b_ct = torch.linalg.solve(adjoint(a), ct, left=left)
+    b_ct = _solved(adjoint(a), ct, left)
     a_ct = None
     if needs[0]:
         one, other = (b_ct.unsqueeze(-1), x.unsqueeze(-1)) if vector else (b_ct, x)
@@ -236,7 +241,7 @@ def solve_jvp(
         else:
             term = a_t.matmul(x) if left else x.matmul(a_t)
         right = -term if right is None else right - term
-    return outs, (torch.linalg.solve(a, right, left=left), None, None, None)
+    return outs, (_solved(a, right, left), None, None, None)
 
 
 def _triangle(x: Any, upper: bool, unit: bool) -> Any:

@@ -204,7 +204,10 @@ pointwise(
     lambda t, x, out: t * (special.bessel_j0(x) - _first_over_x(x, out, -1)),
 )
 pointwise(aten.special_bessel_y0.default, lambda t, x: -(t * special.bessel_y1(x)))
-pointwise(aten.special_bessel_y1.default, lambda t, x, out: t * (special.bessel_y0(x) - out / x))
+pointwise(  # at 0 the second term outgrows the first
+    aten.special_bessel_y1.default,
+    lambda t, x, out: t * where(x == 0, math.inf, special.bessel_y0(x) - out / x),
+)
 pointwise(aten.special_i0e.default, _i0e)
 pointwise(aten.special_i1.default, _i1)
 pointwise(aten.special_i1e.default, _i1e)
