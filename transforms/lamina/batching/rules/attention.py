@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lamina.batching.dims import (
+    EmptyBatchError,
     ensure_batched,
     fold,
     from_end,
@@ -36,6 +37,8 @@ def scaled_dot_product_attention(
     **options: Any,
 ) -> Any:
     """[B, *N, L, E], [B, *N, S, E], [B, *N, S, E'], mask [B, *N, L, S] -> [B, *N, L, E']"""
+    if not (q.numel() and k.numel() and v.numel()):
+        raise EmptyBatchError  # the fused kernel of some versions divides by a size of 0
     dims = in_dims[:3]
     ranks = {logical_rank(x, d) for x, d in zip((q, k, v), dims, strict=True)}
     if dropout_p > 0 or len(ranks) > 1:
