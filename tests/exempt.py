@@ -167,7 +167,7 @@ EXEMPT = (
         linalg.lstsq linalg.lstsq.grad_oriented linalg.polar linalg.qr linalg.svdvals
         """,
         "vmap vmap_vjp",
-        ("unit interval", *_CTS),
+        ("ties", "unit interval", *_CTS),
         "of singular matrices, where a factor that is rounded otherwise is another one",
     ),
 )
