@@ -31,6 +31,7 @@ from lamina_core.interpreter import Interpreter
 from lamina_core.level import Level
 from lamina_core.mode import mode_off
 from lamina_core.recipe import ViewRecipe
+from lamina_core.refusals import refused
 from lamina_core.scatter import refuse_repeated, scatter
 from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
@@ -76,6 +77,7 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
     if known.op._schema.name in _RESHAPING:
         return _reshape(interpreter, known, counterpart, args, kwargs)
     targets = [args[m] if isinstance(m, int) else kwargs[m] for m in known.mutated]
+    given = kwargs
     if known.is_out_variant():
         kwargs = {k: v for k, v in kwargs.items() if k not in known.mutated}
         if _is_told(counterpart, "dtype") and not _is_told(op, "dtype"):  # a factory
@@ -88,6 +90,11 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
         written = results[len(results) - len(targets) :]
         for target, new in zip(targets, written, strict=True):
             for one, value in _pairs(target, new):
+                # Where the write below would cast: some ops do, and some refuse.
+                if one.dtype != value.dtype and torch.can_cast(value.dtype, one.dtype):
+                    own = refused(interpreter, op, args, given)
+                    if own is not None:
+                        raise own
                 write(interpreter, known, one, value)
     if not known.returns:
         return None

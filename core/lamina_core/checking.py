@@ -18,14 +18,12 @@ from lamina_core.interpreter import Interpreter
 from lamina_core.level import stand_in
 from lamina_core.logical import UNKNOWN, Look, Outcome, Signature, ask, looks, try_on
 from lamina_core.outer import autocast_keys
+from lamina_core.refusals import NoExampleError, example
 from lamina_core.schema import facts
 from lamina_core.tensors import tensors_in
-from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__: list[str] = []
 
-_CLASSES = LevelTensor.classes
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 Tensor = torch.Tensor
 
 
@@ -115,28 +113,10 @@ def _agree(answer: tuple[Look | None, ...], outcome: Outcome, dtypes: bool) -> b
 def _of_one_example(signature: Signature) -> Outcome:
     """What the op gives for the first example; nothing where there is none to be had."""
     try:
-        args = tuple([_example(arg) for arg in signature.args])
-        kwargs = {name: _example(value) for name, value in signature.kwargs.items()}
-    except (LaminaError, _NoExampleError):
+        args = tuple([example(arg) for arg in signature.args])
+        kwargs = {name: example(value) for name, value in signature.kwargs.items()}
+    except (LaminaError, NoExampleError):
         return UNKNOWN
     if Signature(signature.op, args, kwargs).key is None:
         return UNKNOWN
     return try_on(signature, args, kwargs)
-
-
-class _NoExampleError(Exception):
-    """There is no plain tensor with elements behind a value."""
-
-
-def _example(arg: Any) -> Any:
-    """One example of an argument, in plain tensors."""
-    if isinstance(arg, (list, tuple)):
-        return type(arg)(map(_example, arg))
-    if not isinstance(arg, Tensor):
-        return arg
-    arg = strip_dead(arg)
-    if type(arg) in _CLASSES:
-        return arg.example(_example(arg.value))
-    if type(arg) not in _PLAIN:
-        raise _NoExampleError
-    return arg

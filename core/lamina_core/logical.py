@@ -158,7 +158,7 @@ def ask(signature: Signature) -> Outcome:
     found = _OUTCOMES.get(signature.key)
     if found is None:
         try:
-            with _alone():
+            with alone():
                 args, kwargs = signature.on_meta()
                 found = Outcome(looks(signature.op(*args, **kwargs)))
         except NotImplementedError:  # no kernel for the device or the dtype
@@ -175,13 +175,14 @@ def try_on(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     The tensors are copied first, for the op may write to them.
     """
     try:
-        with _alone():
+        with alone():
             out = signature.op(*map(_copy, args), **{k: _copy(v) for k, v in kwargs.items()})
             found = Outcome(looks(out), certain=True)
     except NotImplementedError:
         found = UNKNOWN
     except Exception as error:
-        found = Outcome(refusal=error.with_traceback(None), certain=True)
+        # Not remembered: it may be due to elements that other tensors of the signature do not have.
+        return Outcome(refusal=error.with_traceback(None), certain=True)
     _remember(signature, found)
     return found
 
@@ -209,7 +210,7 @@ def looks(out: Any) -> tuple[Look | None, ...]:
     return ((tuple(out.shape), out.dtype) if isinstance(out, Tensor) else None,)
 
 
-class _alone:
+class alone:
     """A block in which an op meets no mode, no autograd and no autocast, and warns nobody."""
 
     __slots__ = ("guards",)

@@ -12,10 +12,14 @@ import torch
 from lamina.batching.batched import BatchedTensor, wrap, wrap_like
 from lamina.batching.dims import pad_rank
 from lamina.batching.operands import pass_unbatched
+from lamina.batching.promotion import REFUSED, Planner, needs_plan
 from lamina_core.dispatch import call_one, call_two, watched
 from lamina_core.handlers import Handler
+from lamina_core.refusals import refused
 from lamina_core.schema import OpFacts
+from lamina_core.scopes import run_at
 from lamina_core.tensors import needs_guard
+from lamina_core.torch_hooks.registry import has_kernel_for
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = ["elementwise_handler"]
@@ -50,6 +54,9 @@ def _nary_handler(known: OpFacts) -> Handler:
     call = known.call
     positions = known.tensor_args
     first_two = positions[:2] == (0, 1)
+    planner = Planner(known)
+    # Some have a kernel of their own beside a formula in other ops.
+    made_of_others = known.is_composite and not has_kernel_for(known.op.name(), "CPU")
 
     def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
         # HOT: two operands of one shape and dtype, one batched at least, or one and a number.
@@ -113,35 +120,21 @@ def _nary_handler(known: OpFacts) -> Handler:
             rank = max(rank, arg.dim())
         if all(bdim is None for _, _, bdim in operands):
             return pass_unbatched(interpreter, op, args, kwargs)
-        promoted = _promote(args, operands)
         for position, value, bdim in operands:
-            value = pad_rank(value, bdim, rank)
-            dtype = promoted.get(position)
-            values[position] = value if dtype is None else value.to(dtype)
-        return wrap(interpreter, call(*values, **kwargs), 0)
+            values[position] = pad_rank(value, bdim, rank)
+        if not needs_plan(operands):
+            return wrap(interpreter, call(*values, **kwargs), 0)
+        if made_of_others:
+            with run_at(interpreter, autocast=True):
+                return op.decompose(*args, **kwargs)
+        plan = planner(args, kwargs, operands)
+        if plan is REFUSED:
+            own = refused(interpreter, op, args, kwargs)
+            if own is not None:
+                raise own
+        for position, dtype in plan.casts.items():
+            values[position] = values[position].to(dtype)
+        out = call(*values, **kwargs)
+        return wrap(interpreter, out if plan.out is None else out.to(plan.out), 0)
 
     return handle
-
-
-def _promote(args: Any, operands: Any) -> dict[int, Any]:
-    """The dtypes to which batched logical 0-d operands must be cast.
-
-    A 0-d tensor yields to one with dims in type promotion; batched, it has a dim and would not.
-    """
-    numeric = [entry for entry in operands if entry[1].dtype is not torch.bool]
-    if len({value.dtype for _, value, _ in numeric}) < 2:
-        return {}
-    scalars = [
-        position for position, value, bdim in numeric if bdim is not None and value.dim() == 1
-    ]
-    if not scalars:
-        return {}
-    dtype = args[numeric[0][0]].dtype
-    with_dims = [args[position] for position, _, _ in numeric]
-    proxies = [torch.empty([0] * min(t.dim(), 1), dtype=t.dtype) for t in with_dims]
-    proxy = proxies[0]
-    for other in proxies[1:]:
-        dtype = torch.result_type(proxy, other)
-        rank = max(proxy.dim(), other.dim())
-        proxy = torch.empty([0] * rank, dtype=dtype)
-    return dict.fromkeys(scalars, dtype)
