@@ -207,7 +207,7 @@ def test_derivatives_of_log_prob(name):
 def test_each_example_draws_its_own(name):
     make, parameters, _ = DISTRIBUTIONS[name]
     alike = [p[:1].expand_as(p) for p in parameters]
-    for function in (lambda *p: make(*p).sample((6,)), lambda *p: make(*p).rsample((6,))):
+    for function in (lambda *p: make(*p).sample((64,)), lambda *p: make(*p).rsample((64,))):
         try:
             function(*[p[0] for p in parameters])
         except NotImplementedError:
