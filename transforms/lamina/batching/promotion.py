@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lamina_core.half import HALF
 from lamina_core.logical import alone
 from lamina_core.overloads import aten
 from lamina_core.schema import OpFacts
@@ -27,7 +28,6 @@ Operand = tuple[int, Any, int | None]
 _READ_WIDE = frozenset(
     str(op) for op in (aten.div.Tensor, aten.mul.Tensor, aten.true_divide.Tensor)
 )
-_HALF = (torch.bfloat16, torch.float16)
 _WITHOUT_SAY = ("condition", "mask")  # the names of arguments that choose, and promote nothing
 
 
@@ -109,7 +109,7 @@ def _ways(
     common = _common([shown[at] for at in voices])
     few = [at for at, v, d in operands if d is not None and v.dim() == 1 and at in voices]
     ways = [Plan(dict.fromkeys(voices, common)), Plan(dict.fromkeys(few, common))]
-    if common in _HALF and known.name in _READ_WIDE and voices[1] in few:
+    if common in HALF and known.name in _READ_WIDE and voices[1] in few:
         ways.insert(0, Plan(dict.fromkeys(voices, torch.float32), expected))
     return ways
 
