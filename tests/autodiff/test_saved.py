@@ -52,6 +52,10 @@ def checkpointed(x, w):
     return checkpoint(body, x, w, use_reentrant=False)
 
 
+def reentrant(x, w):
+    return checkpoint(lambda x, w: body(x, w) * 1, x, w, use_reentrant=True)
+
+
 def without_early_stop(x, w):
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         return checkpoint(body, x, w, use_reentrant=False)
@@ -78,7 +82,7 @@ def as_numpy(x, w):
         return body(x, w)
 
 
-WAYS = [checkpointed, without_early_stop, nested, closed_over, on_the_cpu, as_numpy]
+WAYS = [checkpointed, reentrant, without_early_stop, nested, closed_over, on_the_cpu, as_numpy]
 TRANSFORMS = {
     "vmap": lambda f: vmap(f, (0, None))(XS, W),
     "grad": lambda f: grad(lambda w: f(X, w).sum())(W),
@@ -128,6 +132,14 @@ def test_grad_inside_a_checkpointed_function():
     leaf = X.clone().requires_grad_()
     checkpoint(f, leaf, use_reentrant=False).sum().backward()
     torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_a_reentrant_checkpoint_outside_of_transforms_is_pytorchs_own():
+    leaf = X.clone().requires_grad_()
+    out = checkpoint(torch.sin, leaf, use_reentrant=True)
+    assert type(out.grad_fn).__name__ == "CheckpointFunctionBackward"
+    out.sum().backward()
+    torch.testing.assert_close(leaf.grad, X.cos())
 
 
 def test_dropout_draws_the_same_numbers_again():

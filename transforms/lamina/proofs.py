@@ -145,9 +145,11 @@ def _checkpoints() -> None:
         return x.sin().cos()
 
     plain = grad(lambda x: x.sin().cos())(_ones())
-    again = grad(lambda x: checkpoint(part, x, use_reentrant=False))(_ones())
-    _expect(again, plain.tolist(), "grad through a checkpoint")
-    _expect(len(runs), 2, "runs of a checkpointed function")
+    for reentrant in (False, True):
+        runs.clear()
+        again = grad(lambda x, r=reentrant: checkpoint(part, x, use_reentrant=r))(_ones())
+        _expect(again, plain.tolist(), f"grad through a checkpoint, use_reentrant={reentrant}")
+        _expect(len(runs), 2, f"runs of a checkpointed function, use_reentrant={reentrant}")
 
 
 @proof("autocast", "casts happen inside the transforms as outside")

@@ -12,6 +12,7 @@ from lamina_core.torch_hooks.doors import door
 
 __all__ = [
     "GraphExecGroup",
+    "checkpoint_by_hooks",
     "checkpoint_hook",
     "graph_group",
     "keep_checkpoint_inputs",
@@ -36,6 +37,27 @@ set_graph_group = door("torch._C._set_graph_exec_group", _ONE_PASS)
 _KIND = "checkpoints: hooks that run the function again, unlike others"
 checkpoint_hook: Any = door("torch.utils.checkpoint._checkpoint_hook", _KIND)
 recomputation_hook: Any = door("torch.utils.checkpoint._recomputation_hook", _KIND)
+
+_Reentrant: Any = door(
+    "torch.utils.checkpoint.CheckpointFunction", "checkpoints that call a backward in their own"
+)
+
+
+def checkpoint_by_hooks(is_active: Callable[[], bool]) -> None:
+    """Have a reentrant checkpoint inside a transform use hooks, as one that is not reentrant does.
+
+    It would run the function again on a graph of C++ and call that one's backward pass, which knows
+    nothing of the transform. Both keep the arguments and compute the rest a second time.
+    """
+
+    def apply(cls: Any, function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        if not is_active():
+            return super(_Reentrant, cls).apply(function, preserve_rng_state, *args)
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+
+    _Reentrant.apply = classmethod(apply)
 
 
 def keep_checkpoint_inputs(is_active: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Saved-tensor hooks on the tape: `saved_tensors_hooks`, `save_on_cpu`, non-reentrant `checkpoint`.
+"""Saved-tensor hooks on the tape: `saved_tensors_hooks`, `save_on_cpu`, `checkpoint`.
 
 # NOTE [Saved tensors]
 While a pair of hooks is active, a new node hands every residual to the pack hook, and the pass gets
@@ -36,6 +36,7 @@ from lamina_core.scopes import revived, run_at
 from lamina_core.torch_hooks.doors import UNPROVED, require_proofs
 from lamina_core.torch_hooks.saving import (
     GraphExecGroup,
+    checkpoint_by_hooks,
     checkpoint_hook,
     graph_group,
     keep_checkpoint_inputs,
@@ -347,4 +348,5 @@ def _install() -> None:
 
 
 _install()
+checkpoint_by_hooks(_inside)
 keep_checkpoint_inputs(_inside)
