@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "AbsentOpError",
+    "AnomalyError",
     "BatchSizeError",
     "CapturedTensorError",
     "ChangedOpsWarning",
@@ -250,6 +251,21 @@ class AbsentOpError(LaminaError, NotImplementedError):
             ...
         lamina_core.errors.AbsentOpError: torch ... has no op aten.an_op_of_the_future.default
           to fix: use what took its place in this version, or a torch that has the op
+    """
+
+
+class AnomalyError(LaminaError, RuntimeError):
+    """A derivative came out as NaN while `torch.autograd.detect_anomaly` was on.
+
+    Example:
+        >>> import torch
+        >>> from lamina import grad
+        >>> with torch.autograd.set_detect_anomaly(True):
+        ...     grad(lambda x: x.sqrt() * 0)(torch.zeros(()))
+        Traceback (most recent call last):
+            ...
+        lamina_core.errors.AnomalyError: the pullback of aten.sqrt.default (SqrtBackward0) gave NaN
+          ...
     """
 
 

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from lamina.autodiff import saved as _saved
+from lamina.autodiff.hooks import GradFn
 from lamina.autodiff.leaf import LeafTensor
 from lamina.autodiff.likeness import Likeness
 from lamina.autodiff.parts import Part, add_parts, whole
 from lamina_core.config import config
-from lamina_core.errors import MutationError, RuleError, message
+from lamina_core.errors import AnomalyError, MutationError, RuleError, message
 from lamina_core.outer import autocast_off
 from lamina_core.views import stamp
-from lamina_core.wrapper import LevelTensor, shares_memory
+from lamina_core.wrapper import LevelTensor, plain_of, shares_memory
 
 __all__ = ["Node", "accumulate", "backward", "move_residuals"]
 
@@ -185,6 +186,8 @@ def _walk(
         if position is not None and ct is not None:
             send(*position, ct)
     group = None
+    watches = torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
+    checks = config.debug or watches
     ct = received = residuals = cts = None  # whatever is named here would live through the pass
     while heap:
         sequence = -heappop(heap)
@@ -224,8 +227,11 @@ def _walk(
         received = None
         if release:
             node.residuals = residuals = None
-        if config.debug:
-            _check(node, cts)
+        if checks:
+            if config.debug:
+                _check(node, cts)
+            if watches:
+                _look_for_nan(node, cts)
         for parent, ct in zip(node.parents, cts):  # noqa: B905 - HOT
             if parent is not None and ct is not None:
                 send(*parent, ct)
@@ -252,6 +258,20 @@ def _check(node: Node, cts: Sequence[Any]) -> None:
                         f"the cotangent of operand {i} {fault}",
                     )
                 )
+
+
+def _look_for_nan(node: Node, cts: Sequence[Any]) -> None:
+    """What `torch.autograd.detect_anomaly` asks of every answer of a pullback."""
+    for i, ct in enumerate(cts):
+        if ct is not None and bool(plain_of(whole(ct)).isnan().any()):
+            raise AnomalyError(
+                message(
+                    f"the pullback of {node.name} ({GradFn(node).name()}) gave NaN",
+                    f"for operand {i}, of shape {list(ct.shape)}",
+                    "to fix: keep its operand away from where the derivative is not finite, "
+                    "or mask it before the op (a mask behind it multiplies by 0 too late)",
+                )
+            )
 
 
 def move_residuals(outputs: Sequence[tuple[Node, int] | None], target: Any) -> None:
