@@ -161,7 +161,9 @@ def peak_memory(thunk: Thunk, *, warmup: bool = True) -> int:
     if warmup:
         thunk()
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         thunk()
     # The profiler's public tables add up memory per op, which loses the order of events.
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -100,7 +100,9 @@ def test_nothing_is_held_that_hooks_have_packed(order):
             return vjp(f, x)
 
     held()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         out, pullback = held()
     events = profiler.profiler.kineto_results.events()
     alive = sum(e.nbytes() for e in events if e.name() == "[memory]")
