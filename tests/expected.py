@@ -7,8 +7,11 @@ does not belong here; a missing one does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from lamina_core.errors import LaminaError
 
@@ -53,6 +56,20 @@ EXPECTED: dict[tuple[str, str, str], str] = {
     ("nn.functional.one_hot", "", "vmap_vmap"): _LENGTH,
     ("resize_", "", "inplace"): _NEW_SHAPE,
 }
+
+
+@functools.cache
+def grids_differentiate_twice() -> bool:
+    """Whether this torch has the second derivative of `grid_sample`, which is borrowed from it."""
+    x = torch.ones(1, 1, 2, 2, requires_grad=True)
+    grid = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    out = torch.nn.functional.grid_sample(x, grid, align_corners=False).sum()
+    (first,) = torch.autograd.grad(out, grid, create_graph=True)
+    try:
+        torch.autograd.grad(first.sum(), x, allow_unused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 class BrokenLawError(AssertionError):

@@ -17,6 +17,7 @@ from lamina_core.errors import NotDifferentiableError, NotLinearError, TangentEr
 from tests import laws
 from tests.compositions import test_random_programs as random_programs
 from tests.errors.saying import said
+from tests.expected import BrokenLawError, grids_differentiate_twice
 from tests.samples import curated, others
 
 DOUBLE, COMPLEX = torch.float64, torch.complex128
@@ -217,7 +218,11 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("name", SOME)
 def test_op(name, monkeypatch):
     monkeypatch.setattr(lamina, "vjp", by_transposing)
-    laws.hold(name, "vjp")
+    if name == "nn.functional.grid_sample" and not grids_differentiate_twice():
+        with pytest.raises(BrokenLawError, match=r"NotDifferentiableError: aten.grid_sampler"):
+            laws.hold(name, "vjp")
+    else:
+        laws.hold(name, "vjp")
 
 
 @pytest.mark.exhaustive

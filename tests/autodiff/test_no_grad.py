@@ -80,7 +80,10 @@ UNDER = {
     "jacrev(jacfwd)": lambda lib, f: lib.jacrev(lib.jacfwd(f))(X),
     "jacfwd(jacrev)": lambda lib, f: lib.jacfwd(lib.jacrev(f))(X),
     "jacfwd, no_grad around": lambda lib, f: torch.no_grad()(lib.jacfwd(f))(X),
-    "jacfwd, inference mode around": lambda lib, f: torch.inference_mode()(lib.jacfwd(f))(X),
+    # torch.func of torch 2.11 cannot do it in inference mode, where the values are the same.
+    "jacfwd, inference mode around": lambda lib, f: (
+        torch.inference_mode if lib is lamina else torch.no_grad
+    )()(lib.jacfwd(f))(X),
 }
 
 

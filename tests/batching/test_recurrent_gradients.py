@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina import functional_call, grad, jvp, vmap
+from lamina import functional_call, grad, jvp, vjp, vmap
 
 NETWORKS = {
     "LSTM": lambda: nn.LSTM(3, 4),
@@ -67,3 +67,22 @@ def test_weights_and_tangents_of_each_example():
             torch.testing.assert_close(gradients[n][b], p, rtol=1e-4, atol=1e-5)
         slope = (grad(loss, argnums=1)(one, xs[b]) * xs[b].cos()).sum()
         torch.testing.assert_close(pushed[b], slope, rtol=1e-4, atol=1e-4)
+
+
+STATES = {
+    "jvp": lambda f, x: jvp(f, (x,), (x,))[0],
+    "vjp": lambda f, x: vjp(f, x)[0],
+    "grad": lambda f, x: grad(lambda x: (x.sum(), f(x)), has_aux=True)(x)[1],
+}
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("transform", ["jvp", "vjp", "grad", "vmap(vjp)"])
+def test_final_states_have_the_shapes_that_they_have_outside(make, transform):
+    layer = make(4, 3, num_layers=2).double()
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    if transform == "vmap(vjp)":
+        found = vmap(lambda x: vjp(lambda x: layer(x)[1], x)[0])(x[None])
+        torch.testing.assert_close(found, vmap(lambda x: layer(x)[1])(x[None]))
+        return
+    torch.testing.assert_close(STATES[transform](lambda x: layer(x)[1], x), layer(x)[1])

@@ -1,4 +1,4 @@
-"""The fused LSTM layer that a CPU runs in float32, and its backward, in ordinary ops, step by step.
+"""LSTMs, and the fused layer that a CPU runs in float32 with its backward, in ordinary ops.
 
 The gates stand in the order of PyTorch's weights: input, forget, cell, output.
 """
@@ -133,7 +133,17 @@ def lstm_layer_backward(
     )
 
 
+def lstm(input: Any, hx: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    """[T, N, I], [L, N, H], [L, N, H] -> [T, N, H], [L, N, H], [L, N, H]; see the schema for more.
+
+    It is PyTorch's decomposition, whose final states have a dim too many in torch 2.11 and 2.12.
+    """
+    out, h, c = aten.lstm.input.decompose(input, hx, *rest)
+    return out, h.reshape(hx[0].shape), c.reshape(hx[1].shape)
+
+
 LSTM: dict[Any, Any] = {
+    aten.lstm.input: lstm,
     aten.mkldnn_rnn_layer.default: lstm_layer,
     aten.mkldnn_rnn_layer_backward.default: lstm_layer_backward,
 }
