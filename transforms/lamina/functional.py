@@ -69,6 +69,9 @@ def functional_call(
                 given.update({name: once[again.get(name, name)] for name in given})
 
 
+_Look = tuple[torch.dtype, torch.Size, bool]  # the last: whether it requires grad
+
+
 def stack_module_state(
     models: Sequence[torch.nn.Module],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,21 +102,20 @@ def stack_module_state(
         raise StructureError(
             message(f"stack_module_state got {got}", "to fix: pass a list of at least one model")
         )
+    params = [dict(model.named_parameters()) for model in models]
+    buffers = [dict(model.named_buffers()) for model in models]
+    wanted = _looks(params[0], buffers[0])
     for i, model in enumerate(models):
-        _check_alike(models[0], model, i)
-    params = {
-        name: _stack([dict(model.named_parameters())[name] for model in models])
-        for name, _ in models[0].named_parameters()
-    }
-    buffers = {
-        name: torch.stack([dict(model.named_buffers())[name] for model in models])
-        for name, _ in models[0].named_buffers()
-    }
-    return params, buffers
+        _check_classes(models[0], model, i)
+        _check_tensors(wanted, _looks(params[i], buffers[i]), i)
+    return (
+        {name: _stack([of[name] for of in params]) for name in params[0]},
+        {name: torch.stack([of[name] for of in buffers]) for name in buffers[0]},
+    )
 
 
-def _check_alike(first: torch.nn.Module, model: torch.nn.Module, index: int) -> None:
-    """Raise unless a model has the class, the mode and the kinds of tensors of the first."""
+def _check_classes(first: torch.nn.Module, model: torch.nn.Module, index: int) -> None:
+    """Raise unless a model has the class and the mode of the first."""
     kinds = type(first).__name__, type(model).__name__
     if type(first) is not type(model):
         raise StructureError(
@@ -132,27 +134,33 @@ def _check_alike(first: torch.nn.Module, model: torch.nn.Module, index: int) -> 
                 "to fix: call .train() or .eval() on all of them",
             )
         )
-    wanted, found = _tensors(first), _tensors(model)
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise StructureError(
-                message(
-                    f"the models differ in {name!r}",
-                    f"models[0] has {wanted.get(name, 'none')}",
-                    f"models[{index}] has {found.get(name, 'none')}",
-                    "to fix: stack models of one architecture, with requires_grad set alike",
-                )
-            )
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, str]:
-    """What a message says of each parameter and buffer, by name."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: f"a {tensor.dtype} tensor of shape {list(tensor.shape)}"
-        + (" that requires grad" if tensor.requires_grad else "")
-        for name, tensor in named
-    }
+def _check_tensors(wanted: dict[str, _Look], found: dict[str, _Look], index: int) -> None:
+    """Raise unless a model has the kinds of tensors of the first."""
+    if found == wanted:
+        return
+    name = min(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    raise StructureError(
+        message(
+            f"the models differ in {name!r}",
+            f"models[0] has {_shown(wanted.get(name))}",
+            f"models[{index}] has {_shown(found.get(name))}",
+            "to fix: stack models of one architecture, with requires_grad set alike",
+        )
+    )
+
+
+def _looks(params: dict[str, Any], buffers: dict[str, Any]) -> dict[str, _Look]:
+    named = {**params, **buffers}
+    return {name: (t.dtype, t.shape, t.requires_grad) for name, t in named.items()}
+
+
+def _shown(look: _Look | None) -> str:
+    if look is None:
+        return "none"
+    dtype, shape, requires_grad = look
+    return f"a {dtype} tensor of shape {list(shape)}" + " that requires grad" * requires_grad
 
 
 def _stack(tensors: list[Any]) -> Any:
