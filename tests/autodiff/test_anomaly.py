@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lamina import grad, hessian, jacrev, jvp, vjp, vmap
 from lamina_core.errors import AnomalyError
@@ -59,3 +61,19 @@ def test_nan_may_be_let_through():
 
 def test_infinities_are_let_through():
     assert bool(grad(lambda x: x.sqrt().sum())(ZEROS).isinf().all())
+
+
+def test_values_without_elements_are_not_looked_at():
+    f = grad(masked_too_late)
+    assert f(torch.zeros(2, 3, device="meta")).shape == (2, 3)
+    with FakeTensorMode():
+        assert f(torch.zeros(2, 3)).shape == (2, 3)
+    assert f(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_the_look_is_not_traced():
+    x = ONES + 1
+    graph = make_fx(grad(masked_too_late))(x)
+    assert not [node for node in graph.graph.nodes if "isnan" in str(node.target)]
+    with pytest.raises(AnomalyError):
+        make_fx(grad(masked_too_late))(ZEROS)

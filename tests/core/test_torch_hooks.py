@@ -288,3 +288,11 @@ def test_an_apply_that_was_stored_before_the_import(outside):
     leaf = x.clone().requires_grad_()
     one(leaf, 3.0).sum().backward()
     assert leaf.grad.tolist() == [-3.0] * 3
+
+
+def test_the_import_leaves_what_torch_loads_late():
+    """Symbolic shapes bring sympy with them, which takes half a second."""
+    code = "import sys, torch; old = set(sys.modules); import lamina; print(set(sys.modules) - old)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "lamina" in done.stdout
+    assert "sympy" not in done.stdout

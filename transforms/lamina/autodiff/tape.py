@@ -22,6 +22,7 @@ from lamina.autodiff.parts import Part, add_parts, whole
 from lamina_core.config import config
 from lamina_core.errors import AnomalyError, MutationError, RuleError, message
 from lamina_core.outer import autocast_off
+from lamina_core.torch_hooks.modes import disable_modes
 from lamina_core.views import stamp
 from lamina_core.wrapper import LevelTensor, plain_of, shares_memory
 
@@ -261,9 +262,17 @@ def _check(node: Node, cts: Sequence[Any]) -> None:
 
 
 def _look_for_nan(node: Node, cts: Sequence[Any]) -> None:
-    """What `torch.autograd.detect_anomaly` asks of every answer of a pullback."""
+    """What `torch.autograd.detect_anomaly` asks of every answer of a pullback.
+
+    What has no elements has no NaN, and what a mode traces or counts is not its affair.
+    """
     for i, ct in enumerate(cts):
-        if ct is not None and bool(plain_of(whole(ct)).isnan().any()):
+        plain = None if ct is None else plain_of(whole(ct))
+        if type(plain) not in _PLAIN or plain.is_meta:
+            continue
+        with disable_modes():
+            found = bool(plain.isnan().any())
+        if found:
             raise AnomalyError(
                 message(
                     f"the pullback of {node.name} ({GradFn(node).name()}) gave NaN",
