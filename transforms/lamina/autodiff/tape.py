@@ -267,7 +267,7 @@ def _look_for_nan(node: Node, cts: Sequence[Any]) -> None:
     What has no elements has no NaN, and what a mode traces or counts is not its affair.
     """
     for i, ct in enumerate(cts):
-        plain = None if ct is None else plain_of(whole(ct))
+        plain: Any = None if ct is None else plain_of(whole(ct))
         if type(plain) not in _PLAIN or plain.is_meta:
             continue
         with disable_modes():
