@@ -10,9 +10,13 @@ from lamina_core import conversions as _conversions  # noqa: F401 - and what lea
 from lamina_core.dispatch import watched
 from lamina_core.errors import RuleError
 from lamina_core.interpreter import Interpreter
+from lamina_core.refusals import told
 from lamina_core.views import refresh_all
 
 __all__ = ["Handler", "HandlerInterpreter"]
+
+# What ops raise. Others come from user code that ran on the way, such as hooks.
+_OF_OPS = (RuntimeError, TypeError, ValueError, IndexError)
 
 # `(interpreter, op, args, kwargs)` -> what the op gives at the level of the interpreter.
 Handler = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -42,12 +46,22 @@ class HandlerInterpreter(Interpreter):
 
     # HOT: every op of user code inside a transform comes through here (about 0.3 us under vmap).
     def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op by its handler."""
+        """Run one op by its handler.
+
+        Raises:
+            Exception: What the op raises alone, with a note; or what the handler raises.
+        """
         handler = self.handlers.get(id(op))
         if handler is None:
             handler = self.handlers[id(op)] = self.resolve(op)
-        if self.mutated:
-            refresh_all(self, args, kwargs)
-        if self.watch:
-            return watched(self, handler, op, args, kwargs)
-        return handler(self, op, args, kwargs)
+        try:
+            if self.mutated:
+                refresh_all(self, args, kwargs)
+            if self.watch:
+                return watched(self, handler, op, args, kwargs)
+            return handler(self, op, args, kwargs)
+        except _OF_OPS as error:
+            own = told(self, op, args, kwargs, error)
+            if own is error:
+                raise
+            raise own from None

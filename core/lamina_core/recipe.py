@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ViewRecipe"]
+__all__ = ["ViewRecipe", "root_of"]
 
 
 class ViewRecipe:
@@ -28,3 +28,10 @@ class ViewRecipe:
         self.kwargs = kwargs
         self.index = index
         self.version = parent.version
+
+
+def root_of(wrapper: Any) -> Any:
+    """What a wrapper is a view of, through all views between; itself if it is none."""
+    while wrapper.recipe is not None:
+        wrapper = wrapper.recipe.parent
+    return wrapper

@@ -28,6 +28,11 @@ __all__ = ["NoExampleError", "example", "refusal", "refused", "told"]
 
 _CLASSES = LevelTensor.classes
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_WRITES_UNSAID = "batch_norm"  # to its running statistics, of which the schemas of some do not tell
+# What an op says about elements, of which there may be none here: no inverse, no convergence.
+_OF_ELEMENTS = (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]
+_OF_DTYPE = "not implemented for '"
+_PULLBACK = "_backward"
 _IN = "in "  # what all notes begin with
 Tensor = torch.Tensor
 
@@ -57,27 +62,32 @@ def example(arg: Any) -> Any:
 def refusal(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """The error that an op raises for one example alone; None if it raises none, or none is known.
 
-    Not asked is an op inside which autocast acts, and any within a transform of `torch.func`, whose
-    wrappers look like plain tensors. The random numbers that are drawn later are the same as if it
-    had not been asked.
+    Not asked is an op inside which autocast acts; a pullback, whose kernel may trust what its op
+    has saved, to the point of ending the process; and any op within a transform of `torch.func`,
+    whose wrappers look like plain tensors. The random numbers that are drawn later are the same as
+    if it had not been asked.
     """
     known = facts(op)
     if functorch_is_active() or (known.is_composite and autocast_keys() is not None):
+        return None
+    if _PULLBACK in known.name and not known.is_pointwise:
         return None
     try:
         with alone():
             values = tuple(map(example, args))
             options = {name: example(value) for name, value in kwargs.items()}
-            if known.mutated:
+            if known.mutated or _WRITES_UNSAID in known.name:
                 values, options = _copies(values), {k: _copies(v) for k, v in options.items()}
             try:
                 with _undone_draws(values, options) if known.is_random else nullcontext():
                     op(*values, **options)
-            except NoExampleError:
+            except (NoExampleError, *_OF_ELEMENTS):
                 raise
             except Exception as error:  # whatever the op raises is its answer
+                if isinstance(error, NotImplementedError) and _OF_DTYPE not in str(error):
+                    return None  # no kernel, which is none of the arguments' fault
                 return error.with_traceback(None)
-    except (LaminaError, NoExampleError):
+    except (LaminaError, NoExampleError, *_OF_ELEMENTS):
         pass
     return None
 

@@ -78,6 +78,7 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
         reshaped: The version at which its shape was last changed in place.
         is_input: Whether the memory belongs to an argument of the transform.
         is_lifted: Whether it only stands for a plain tensor, at a level that has to see ops on it.
+        logical: The shape, of wrappers that keep it; reading it back from the tensor takes longer.
         claims_grad: What it says of `requires_grad`, whoever follows it; None for the truth.
     """
 
@@ -93,6 +94,7 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
     reshaped: int = 0
     is_input: bool = False
     is_lifted: bool = False
+    logical: Any = None
     claims_grad: bool | None = None
 
     # What a subclass adds in its slots, and which slots hold values of lower levels, for those who

@@ -236,8 +236,9 @@ ELSEWHERE = {
         W_T,
     ),
     "_nnpack_spatial_convolution": (
-        lambda x, w, b: aten._nnpack_spatial_convolution(x, w, b, [1, 0]),
-        lambda x, w, b: conv(x, w, b, 1, (1, 0)),
+        # It takes single precision alone.
+        lambda x, w, b: aten._nnpack_spatial_convolution(x.float(), w.float(), b.float(), [1, 0]),
+        lambda x, w, b: conv(x.float(), w.float(), b.float(), 1, (1, 0)),
         X,
         W,
         BIAS,

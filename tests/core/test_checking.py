@@ -91,14 +91,14 @@ def test_the_look_of_an_answer(answer, given, only):
 
 
 def answers_everything(info, in_dims, x):
-    return x.sum((-1, -2)), 0
+    return x.transpose(-1, -2), 0
 
 
 def test_an_answer_where_the_op_refuses(only):
-    only(RULES, VmapInterpreter, aten.trace.default, answers_everything)
-    assert vmap(torch.trace)(X).shape == (2,)
-    with pytest.raises(RuleError, match="the op alone refuses: trace: expected a matrix"):
-        vmap(torch.trace)(X[None])
+    only(RULES, VmapInterpreter, aten.t.default, answers_everything)
+    assert vmap(torch.t)(X).shape == (2, 4, 3)
+    with pytest.raises(RuleError, match=r"the op alone refuses: t\(\) expects a tensor with <= 2"):
+        vmap(torch.t)(X[None])
 
 
 def test_levels_below_are_checked_too(only):

@@ -76,7 +76,7 @@ MADE_BY = {
             "_nary_handler",
             "_random_handler",
         },
-        "decomposed": {"_decompose_handler", "_random_handler"},
+        "decomposed": {"decompose_handler", "_random_handler"},
         "generic": {"_fallback_handler"},
         "missing": {"_data_dependent_handler"},
     },

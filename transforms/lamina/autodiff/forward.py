@@ -19,7 +19,6 @@ from lamina.autodiff.declare import (
 from lamina.autodiff.operands import (
     Split,
     constant_outputs,
-    decompose_handler,
     derivative_state,
     in_any_layout,
     pass_through,
@@ -30,6 +29,7 @@ from lamina.autodiff.shapes import in_dtype
 from lamina.autodiff.tape import backward
 from lamina.autodiff.wrappers import DualTensor, dual, dual_like
 from lamina.decompose.table import decomposition_of, made_of
+from lamina_core.admission import decompose_handler
 from lamina_core.alias import mutate
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
 from lamina_core.handlers import Handler, HandlerInterpreter
@@ -128,15 +128,15 @@ def _resolve(op: Any) -> Any:
     rule = FORWARD.lookup(op)
     if rule is None:
         if decomposition_of(op) is not None:
-            return decompose_handler(decomposition_of(op))
+            return decompose_handler(known, decomposition_of(op))
         if known.mutated:
             return mutate
         if known.is_composite:
-            return decompose_handler(op.decompose)
+            return decompose_handler(known, op.decompose)
         return _rule_handler(known, _generic_rule(known))
     declaration = rule.function
     if rule.state == "decomposed":
-        return decompose_handler(declaration)
+        return decompose_handler(known, declaration)
     if isinstance(declaration, Pointwise):
         return _pointwise_handler(known, declaration)
     if isinstance(declaration, Linear):
@@ -166,7 +166,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
         else:
             found = rule(interpreter, tangents, cut.args, cut.kwargs)
             if found is NotImplemented:  # the rule leaves this call to the ops it is made of
-                return decompose_handler(made_of(op))(interpreter, op, args, kwargs)
+                return decompose_handler(known, made_of(op))(interpreter, op, args, kwargs)
             value, tangent = found
             if isinstance(value, Tensor) and cut.args and value is cut.args[0]:
                 return args[0]

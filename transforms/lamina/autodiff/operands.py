@@ -11,15 +11,13 @@ from lamina_core.dispatch import lower, pass_down, watched
 from lamina_core.overloads import aten
 from lamina_core.rules import RuleTable
 from lamina_core.schema import OpFacts, facts
-from lamina_core.scopes import run_at
-from lamina_core.tensors import map_tensors, needs_guard, tensors_in
+from lamina_core.tensors import map_tensors, needs_guard
 from lamina_core.torch_hooks.registry import has_kernel, has_kernel_for
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = [
     "Split",
     "constant_outputs",
-    "decompose_handler",
     "derivative_state",
     "in_any_layout",
     "is_known",
@@ -149,20 +147,6 @@ def constant_outputs(interpreter: Any, known: OpFacts, args: Any, cut: Split) ->
     if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
         return args[0]
     return map_tensors(interpreter.constant, out)
-
-
-def decompose_handler(decomposition: Any) -> Any:
-    """The handler of an op that is run as the ops it is made of."""
-
-    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
-        if not (args and interpreter.is_own(args[0])) and not any(
-            interpreter.is_own(t) for t in tensors_in(args, kwargs)
-        ):
-            return pass_down(interpreter, op, args, kwargs)
-        with run_at(interpreter, autocast=facts(op).is_composite):
-            return decomposition(*args, **kwargs)
-
-    return handle
 
 
 # The memory of a tangent need not be laid out like that of its primal.

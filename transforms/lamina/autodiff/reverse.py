@@ -31,7 +31,6 @@ from lamina.autodiff.hooks import GradFn
 from lamina.autodiff.operands import (
     Split,
     constant_outputs,
-    decompose_handler,
     derivative_state,
     pass_through,
     split,
@@ -40,6 +39,7 @@ from lamina.autodiff.parts import PARTS, part_pullback
 from lamina.autodiff.tape import Node
 from lamina.autodiff.wrappers import TrackedTensor, track, track_like
 from lamina.decompose.table import decomposition_of, made_of
+from lamina_core.admission import decompose_handler
 from lamina_core.alias import mutate
 from lamina_core.config import config
 from lamina_core.dispatch import call_first, call_one, call_two, under_autocast
@@ -141,14 +141,14 @@ def _resolve(op: Any) -> Any:
     rule = REVERSE.lookup(op)
     if rule is None:
         if decomposition_of(op) is not None:
-            return decompose_handler(decomposition_of(op))
+            return decompose_handler(known, decomposition_of(op))
         if known.mutated:
             return mutate
         if known.is_composite:
-            return decompose_handler(op.decompose)
+            return decompose_handler(known, op.decompose)
         return _rule_handler(known, None)
     if rule.state == "decomposed":
-        return decompose_handler(rule.function)
+        return decompose_handler(known, rule.function)
     if isinstance(rule.function, Pointwise):
         return _pointwise_handler(known, rule.function)
     if isinstance(rule.function, Constant):
@@ -201,7 +201,7 @@ def _rule_handler(known: OpFacts, rule: Any) -> Any:
         else:
             out = record(interpreter, known, rule, cut, positions)
             if out is NotImplemented:  # the rule leaves this call to the ops it is made of
-                return decompose_handler(made_of(op))(interpreter, op, args, kwargs)
+                return decompose_handler(known, made_of(op))(interpreter, op, args, kwargs)
             if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
                 return args[0]
         if (

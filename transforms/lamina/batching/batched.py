@@ -52,12 +52,19 @@ class BatchedTensor(LevelTensor):
         return self.unlike(value, value.shape[:bdim] + value.shape[bdim + 1 :])
 
     def example(self, value: Any) -> Any:
-        """The first example, or zeros if there is none."""
+        """The first example, with the strides that user code sees; or zeros if there is none."""
         if self.bdim is None:
             return value
-        if value.shape[self.bdim]:
-            return value.select(self.bdim, 0)
-        return value.new_zeros(self.logical)
+        if not value.shape[self.bdim]:
+            return value.new_zeros(self.logical)
+        value = value.select(self.bdim, 0)
+        if self.strides is None:
+            return value.contiguous()
+        if value.stride() == self.strides or 0 in self.strides:
+            return value
+        return torch.empty_strided(
+            value.shape, self.strides, dtype=value.dtype, device=value.device
+        ).copy_(value)
 
     def need_meaning(self) -> None:
         """An unbatched value stands for itself; a batched one has no meaning outside its vmap."""

@@ -6,6 +6,7 @@ arguments, calls the rule on their values and wraps what comes back.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,21 +27,24 @@ from lamina.batching.states import (
 from lamina.batching.table import RULES, Info
 from lamina.batching.writes import in_place_handler
 from lamina.decompose.table import decomposition_of, made_of
+from lamina_core.admission import admitting, decompose_handler
 from lamina_core.config import config
-from lamina_core.dispatch import pass_down, under_autocast, watched
+from lamina_core.dispatch import under_autocast, watched
 from lamina_core.errors import DataDependentError, RuleError
 from lamina_core.handlers import Handler
-from lamina_core.recipe import ViewRecipe
+from lamina_core.overloads import aten
+from lamina_core.recipe import ViewRecipe, root_of
+from lamina_core.refusals import refused
 from lamina_core.rules import Rule
 from lamina_core.schema import OpFacts, facts
 from lamina_core.scopes import run_at
-from lamina_core.tensors import tensors_in
 from lamina_core.views import record_views
 from lamina_core.wrapper import made_as_view
 
 __all__ = ["resolve"]
 
 Tensor = torch.Tensor
+_VIEW = aten.view.default
 
 
 def resolve(op: Any) -> Handler:
@@ -49,11 +53,13 @@ def resolve(op: Any) -> Handler:
     rule = RULES.lookup(op)
     if rule is not None:
         if rule.state == "decomposed":
-            return _decompose_handler(known, rule.function)
+            return decompose_handler(known, rule.function)
         handle = _rule_handler(rule, known)
         if (known.is_view or known.may_be_view) and known.tensor_args == (0,):
             handle = _view_handler(rule, known, handle)
-        return under_autocast(op, handle)
+            if op is _VIEW:
+                handle = _exact_view_handler(handle)
+        return under_autocast(op, admitting(known, handle))
     if known.mutated and decomposition_of(op) is None:
         return in_place_handler(known)
     if known.is_random:
@@ -64,7 +70,7 @@ def resolve(op: Any) -> Handler:
         return _data_dependent_handler(known)
     decomposition = made_of(op)
     if decomposition is not None:
-        return _decompose_handler(known, decomposition)
+        return decompose_handler(known, decomposition)
     return _fallback_handler(known)
 
 
@@ -151,6 +157,27 @@ def _view_handler(rule: Rule, known: OpFacts, general: Handler) -> Handler:
     return handle
 
 
+def _exact_view_handler(handle: Handler) -> Handler:
+    """The handler of `view`, which refuses the layouts that it refuses outside.
+
+    Its rule copies where it must, for what is computed inside may be laid out in another way than
+    outside. Views of an argument, or of what shows as contiguous, are laid out as they are there.
+    """
+
+    @wraps(handle)
+    def exact(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        if type(x) is BatchedTensor and x.strides is not None and x.interpreter is interpreter:
+            root = root_of(x)
+            if root is not x and (root.is_input or root.strides is None):
+                own = refused(interpreter, op, args, kwargs)
+                if own is not None:
+                    raise own
+        return handle(interpreter, op, args, kwargs)
+
+    return exact
+
+
 def _shows_view(x: Any, out: Any) -> bool:
     """Whether an op that may be a view is one, by the layout that user code sees.
 
@@ -182,18 +209,6 @@ def _check(interpreter: Any, rule: Rule, out: Any, out_dims: Any) -> None:
                     f"output of shape {list(value.shape)} with batch dim {bdim}, "
                     f"but the batch size is {interpreter.batch_size}",
                 )
-
-
-def _decompose_handler(known: OpFacts, decomposition: Any) -> Handler:
-    composite = known.is_composite
-
-    def handle(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
-        if not any(interpreter.is_own(t) for t in tensors_in(args, kwargs)):
-            return pass_down(interpreter, op, args, kwargs)
-        with run_at(interpreter, autocast=composite):
-            return decomposition(*args, **kwargs)
-
-    return handle
 
 
 def _random_handler(known: OpFacts) -> Handler:

@@ -16,6 +16,7 @@ from lamina_core.alias import captured_error, mutate
 from lamina_core.dispatch import pass_down
 from lamina_core.errors import MutationError
 from lamina_core.overloads import aten
+from lamina_core.recipe import root_of
 from lamina_core.scatter import refuse_repeated, shows_twice
 from lamina_core.schema import OpFacts
 from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
@@ -93,7 +94,7 @@ def store(interpreter: Any, target: Any, new: Any) -> bool:
             and as many values to write as there are examples.
     """
     if target.bdim is None and new.bdim is not None:
-        if _root(target).is_input:
+        if root_of(target).is_input:
             raise captured_error(interpreter, "an in-place op", target)
         return False
     if not _can_store(interpreter, target, level_of(new.value)):
@@ -120,12 +121,6 @@ def _value_level(interpreter: Any, arg: Any) -> int:
     return level_of(arg.value) if _is_own(interpreter, arg) else level_of(arg)
 
 
-def _root(target: Any) -> Any:
-    while target.recipe is not None:
-        target = target.recipe.parent
-    return target
-
-
 def _can_store(interpreter: Any, target: Any, level: int) -> bool:
     """Whether writing into the value of `target` means what writing to `target` means.
 
@@ -136,7 +131,7 @@ def _can_store(interpreter: Any, target: Any, level: int) -> bool:
     if _is_copy(target):
         return False
     if _shared(target):
-        if _root(target).is_input:
+        if root_of(target).is_input:
             raise interpreter.error(
                 MutationError,
                 "a write to an argument that is mapped over an expanded dim",
@@ -144,7 +139,7 @@ def _can_store(interpreter: Any, target: Any, level: int) -> bool:
                 "to fix: pass a clone() of it, or do not write",
             )
         return False
-    if _root(target).is_input:
+    if root_of(target).is_input:
         return True
     if shows_twice(target):
         return False

@@ -204,7 +204,14 @@ def rms_norm_rule(
 
 
 def _rms(x: Any, normalized_shape: Any, eps: float | None) -> Any:
-    """X in float32 at least, the reciprocal of its root mean square, and the dims that is over."""
+    """X in float32 at least, the reciprocal of its root mean square, and the dims that is over.
+
+    Raises:
+        RuntimeError: The last dims of x are not of the shape.
+    """
+    inner = x.shape[max(x.dim() - len(normalized_shape), 0) :]
+    if not normalized_shape or tuple(inner) != tuple(normalized_shape):
+        raise RuntimeError(f"rms_norm over {[*normalized_shape]} of shape {[*x.shape]}")
     dims = list(range(x.dim() - len(normalized_shape), x.dim()))
     wide = widened(x)
     if eps is None:

@@ -137,8 +137,8 @@ def _register_extremum(op, whole):
     @jvp_rule(op)
     def extremum_jvp(tangents, x, dim=None, keepdim=False):
         """[*S] -> [*S without dim]; the mean of the tangents of ties."""
-        dim = dims_of(x.dim(), dim) if dim != [] else dims_of(x.dim(), None)
-        out = op(x) if whole else op(x, dim, keepdim)
+        out = op(x) if whole else op(x, dim or [], keepdim)
+        dim = dims_of(x.dim(), dim)
         hit, count = _hits(x, out, dim, keepdim)
         return out, (where(hit, tangents[0], 0.0) / count).sum(dim, keepdim)
 

@@ -142,6 +142,8 @@ def narrow_tensor(info: Any, in_dims: Any, x: Any, dim: int, start: Any, length:
         return aten.narrow.Tensor(x, at, start, length), x_bdim
     if logical_rank(x, x_bdim) == 0:
         raise RuntimeError("narrow() cannot be applied to a 0-dim tensor.")
+    if start.dim() != 1 or start.dtype.is_floating_point or start.dtype is torch.bool:
+        raise RuntimeError(f"narrow() starts at one integer, not at {start.dtype} of mapped dims.")
     numbers = start.unsqueeze(1).to(torch.int64)
     if length != 1:
         size = logical_shape(x, x_bdim)[dim]
