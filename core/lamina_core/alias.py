@@ -42,7 +42,7 @@ from lamina_core.torch_hooks.keys import (
     DispatchKeySet,
     ExcludeKeys,
 )
-from lamina_core.views import refresh
+from lamina_core.views import become_former, refresh
 from lamina_core.wrapper import LevelTensor
 
 __all__ = [
@@ -195,6 +195,7 @@ def _mutate_below(
 _RESHAPING = frozenset(
     f"aten::{name}"
     for name in (
+        "as_strided_",
         "squeeze_",
         "swapaxes_",
         "swapdims_",
@@ -209,18 +210,16 @@ _NO_PYTHON = DispatchKeySet(DispatchKey.Python)
 def _reshape(
     interpreter: Interpreter, known: OpFacts, counterpart: Any, args: Any, kwargs: Any
 ) -> Any:
-    """`x.t_()` and the like: `x` becomes a view of what it was, which lives on without a name."""
+    """`x.t_()` and the like: `x` becomes a view of what it was, which lives on without a name.
+
+    The caller of the transform does not see the new shape of an argument, only what is written to
+    it: in a mapped function it would be the shape of a view that an example is.
+    """
     target = args[0]
-    if target.is_input:
-        raise interpreter.error(
-            MutationError,
-            f"{known.name} changes the shape of an argument of the transform",
-            f"to fix: use the out-of-place {counterpart}",
-        )
     refresh(interpreter, target)
+    former = become_former(interpreter, target)
+    former.is_input, target.is_input = target.is_input, False
     with run_at(interpreter):
-        former = target.view_as(target)
-        former.recipe, former.version = target.recipe, target.version
         new = counterpart(former, *args[1:], **kwargs)
     with (
         mode_off(),
@@ -230,9 +229,6 @@ def _reshape(
         torch.Tensor.resize_(target, new.shape)
     interpreter.rebind(target, new)
     target.recipe = ViewRecipe(former, counterpart, args[1:], kwargs, None)
-    # Views taken before refer to a tensor that is no longer of that shape: see `refresh`.
-    target.version += 1
-    target.reshaped = target.version
     return target
 
 

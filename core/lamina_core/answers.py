@@ -14,7 +14,7 @@ import torch
 
 from lamina_core.errors import MutationError, NotDifferentiableError, message
 from lamina_core.torch_hooks.memory import exchange, guard_memory, making_a_parameter
-from lamina_core.views import refresh_levels
+from lamina_core.views import become_former, refresh_levels
 from lamina_core.wrapper import LevelTensor, strip_dead
 
 __all__ = ["Followed", "followed_by"]
@@ -151,12 +151,12 @@ def _set_data(self: Any, new: Any) -> None:
     What no level follows may change its shape and dtype so, as the parameters of a module do that
     is made and converted inside.
     """
-    if (new.shape, new.dtype) == (self.shape, self.dtype):
+    level: Any = self.interpreter
+    followed = level.differentiates and not level.is_constant(self)
+    if (followed or self.is_input) and (new.shape, new.dtype) == (self.shape, self.dtype):
         with torch.no_grad():
             self.copy_(new)
         return
-    level: Any = self.interpreter
-    followed = level.differentiates and not level.is_constant(self)
     if followed or self.is_input or not level.alive:
         raise MutationError(
             message(
@@ -167,11 +167,11 @@ def _set_data(self: Any, new: Any) -> None:
             )
         )
     new = new if level.is_own(new) else level.constant(new)
+    become_former(level, self)
     exchange(self, new)
     level.rebind(self, new)
     self.recipe = None
-    self.version += 1
-    self.reshaped = self.version
+    level.mutated = True
 
 
 def _plain_of_constant(tensor: Any, what: str) -> Any:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from lamina_core.errors import MutationError
 from lamina_core.level import Level
 from lamina_core.recipe import ViewRecipe
 from lamina_core.scopes import derivatives_on, run_at
 from lamina_core.tensors import tensors_in
 from lamina_core.wrapper import LevelTensor
 
-__all__ = ["record_views", "refresh", "refresh_all", "refresh_levels", "stamp"]
+__all__ = ["become_former", "record_views", "refresh", "refresh_all", "refresh_levels", "stamp"]
 
 _CLASSES = LevelTensor.classes
 
@@ -36,6 +35,8 @@ def refresh(interpreter: Level, view: LevelTensor) -> None:
     """Bring a view up to date with its base: a loop, as views of views may be many."""
     chain = []
     while view.recipe is not None:
+        if view.recipe.parent.reshaped > view.recipe.version:
+            _relink(view.recipe)
         chain.append(view)
         view = view.recipe.parent
     for stale in reversed(chain):
@@ -44,15 +45,27 @@ def refresh(interpreter: Level, view: LevelTensor) -> None:
             _replay(interpreter, stale, recipe)
 
 
+def _relink(recipe: ViewRecipe) -> None:
+    """Let a view be one of what its parent was before the parent was changed in place."""
+    while recipe.parent.reshaped > recipe.version:
+        recipe.parent = recipe.parent.former
+
+
+def become_former(interpreter: Level, tensor: LevelTensor) -> LevelTensor:
+    """What takes the place of a tensor, for the views it has, before it is changed in place."""
+    with run_at(interpreter):
+        former: Any = tensor.view_as(tensor)
+    for name in ("recipe", "version", "reshaped", "former"):
+        setattr(former, name, getattr(tensor, name))
+    tensor.version += 1
+    tensor.reshaped = tensor.version
+    tensor.former = former
+    return former
+
+
 def _replay(interpreter: Level, view: LevelTensor, recipe: ViewRecipe) -> None:
     """Make a view again, from a parent that is up to date."""
     parent = recipe.parent
-    if parent.reshaped > recipe.version:
-        raise interpreter.error(
-            MutationError,
-            f"a view made by {recipe.op} is used after its base changed shape in place",
-            "to fix: change the shape out of place, or make the view afterwards",
-        )
     # Who asks for the view under `no_grad` is not who made it: others may differentiate it.
     with derivatives_on(interpreter):
         with run_at(interpreter):

@@ -75,7 +75,8 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
         value: What the wrapper stands for, one or more levels below.
         recipe: How this wrapper was viewed out of another, or None if it is no view.
         version: Counts the writes to this wrapper (see `lamina_core.alias`).
-        reshaped: The version at which its shape was last changed in place.
+        reshaped: The version at which its shape or memory was last changed in place.
+        former: What it was until then, which its views of that time are views of.
         is_input: Whether the memory belongs to an argument of the transform.
         is_lifted: Whether it only stands for a plain tensor, at a level that has to see ops on it.
         logical: The shape, of wrappers that keep it; reading it back from the tensor takes longer.
@@ -92,6 +93,7 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
     # Class-level defaults, for what few wrappers ever set (in a dict, then).
     version: int = 0
     reshaped: int = 0
+    former: LevelTensor | None = None
     is_input: bool = False
     is_lifted: bool = False
     logical: Any = None

@@ -120,8 +120,8 @@ def test_a_change_of_shape_makes_the_tensor_a_view_of_what_it_was(level, base):
     assert base.shape == (3, 2)
     assert base.reshaped == base.version == 1
     base.zero_()
-    with pytest.raises(MutationError, match="changed shape in place"):
-        refresh(level, row)
+    refresh(level, row)
+    assert value(row) == [0.0, 0.0, 0.0]
 
 
 VIEWS = {

@@ -14,6 +14,7 @@ from lamina.autodiff.reverse import ReverseInterpreter
 from lamina.autodiff.tape import Node, backward, move_residuals
 from lamina_core import pytree
 from lamina_core.mode import mode_off
+from lamina_core.recipe import root_of
 from lamina_core.views import refresh_all
 from lamina_core.wrapper import LevelTensor, plain_of, strip_dead
 
@@ -265,9 +266,15 @@ def _memory(tensor: Any) -> int:
 
 
 def _written(interpreter: Any, wrappers: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """The arguments that were written to, each with the value it has now."""
+    """The arguments that were written to, each with the value it has now.
+
+    One whose shape was changed in place is a view of what it was: see `lamina_core.alias`.
+    """
     written = {id(wrapper) for wrapper in interpreter.written}
-    return [(leaf, wrapper.value) for leaf, wrapper in wrappers if id(wrapper) in written]
+    if not written:
+        return []
+    roots = [(leaf, root_of(wrapper)) for leaf, wrapper in wrappers]
+    return [(leaf, root.value) for leaf, root in roots if id(root) in written]
 
 
 def _lowered(interpreter: Any, value: Any) -> Any:
