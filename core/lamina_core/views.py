@@ -10,14 +10,27 @@ from typing import Any
 import torch
 
 from lamina_core.level import Level
+from lamina_core.overloads import aten
 from lamina_core.recipe import ViewRecipe
 from lamina_core.scopes import derivatives_on, run_at
 from lamina_core.tensors import tensors_in
+from lamina_core.torch_hooks.modes import mode_count
+from lamina_core.torch_hooks.tensors import is_alias_of
 from lamina_core.wrapper import LevelTensor
 
-__all__ = ["become_former", "record_views", "refresh", "refresh_all", "refresh_levels", "stamp"]
+__all__ = [
+    "become_former",
+    "handed_out",
+    "record_views",
+    "refresh",
+    "refresh_all",
+    "refresh_levels",
+    "stamp",
+]
 
 _CLASSES = LevelTensor.classes
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DETACH = aten.detach.default
 
 
 def record_views(out: Any, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,6 +86,35 @@ def _replay(interpreter: Level, view: LevelTensor, recipe: ViewRecipe) -> None:
         interpreter.rebind(view, out if recipe.index is None else out[recipe.index])
     recipe.version = parent.version
     view.version += 1
+
+
+def handed_out(output: Any, value: Any) -> Any:
+    """The value of an output, for code outside all transforms.
+
+    A view of an argument was made behind the back of PyTorch's autograd. There it is a view again,
+    so that a write to it reaches the graph of the argument. What `detach` has cut off stays so.
+    """
+    if type(output) not in _CLASSES or output.recipe is None or type(value) is not torch.Tensor:
+        return value
+    while output.recipe is not None:
+        if output.recipe.op is _DETACH:
+            return value
+        output = output.recipe.parent
+    base = output.value
+    if (
+        not output.is_input
+        or type(base) not in _PLAIN
+        or base.requires_grad
+        or base.is_inference()
+        or (base.dtype, base.is_conj(), base.is_neg()) != (value.dtype, False, False)
+        or value.is_conj()
+        or value.is_neg()
+        or value._is_view()
+        or not is_alias_of(value, base)
+        or mode_count()
+    ):
+        return value
+    return base.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def stamp(tensor: Any) -> Any:

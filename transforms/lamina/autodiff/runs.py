@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from lamina.autodiff.tape import Node, backward, move_residuals
 from lamina_core import pytree
 from lamina_core.mode import mode_off
 from lamina_core.recipe import root_of
-from lamina_core.views import refresh_all
+from lamina_core.views import handed_out, refresh_all
 from lamina_core.wrapper import LevelTensor, plain_of, strip_dead
 
 __all__ = ["ForwardRun", "ReverseRun", "run_forward", "run_reverse", "unshared"]
@@ -149,10 +148,10 @@ def run_reverse(
             kwargs = pytree.tree_map(given, kwargs)
         out = func(*new_args, **kwargs)
         new_args = new = wrapped = None  # type: ignore[assignment]
-        run.aux = None
         if has_aux:
-            out, run.aux = split_aux(out, interpreter)
-            run.aux = pytree.tree_map(functools.partial(_lowered, interpreter), run.aux)
+            out, aux = split_aux(out, interpreter)
+            aux, aux_spec = pytree.flatten(aux)
+            lowered = [_lowered(interpreter, a) for a in aux]
         outs, run.out_spec = pytree.flatten(out)
         outs = [strip_dead(o) for o in outs]
         if interpreter.mutated:
@@ -162,6 +161,10 @@ def run_reverse(
             for o in outs
         ]
         run.values = [_lowered(interpreter, o) for o in outs]
+    run.values = [*map(handed_out, outs, run.values)]
+    run.aux = None
+    if has_aux:
+        run.aux = pytree.unflatten(aux_spec, [*map(handed_out, aux, lowered)])
     run.written = _written(interpreter, wrappers)
     return run
 
@@ -233,16 +236,20 @@ def run_forward(
             wrappers += zip(kw_leaves, kw_lifted, strict=True)
             kwargs = pytree.unflatten(kw_spec, kw_lifted)
         out = func(*pytree.unflatten(spec, lifted), **kwargs)
-        run.aux = None
         if has_aux:
             out, aux = split_aux(out, interpreter)
-            run.aux = pytree.tree_map(functools.partial(_lowered, interpreter), aux)
+            aux, aux_spec = pytree.flatten(aux)
+            lowered = [_lowered(interpreter, a) for a in aux]
         outs, run.out_spec = pytree.flatten(out)
         outs = [strip_dead(o) for o in outs]
         if interpreter.mutated:
             refresh_all(interpreter, outs, {})
         run.values = [_lowered(interpreter, o) for o in outs]
         run.tangents = [o.tangent if interpreter.is_own(o) else None for o in outs]
+    run.values = [*map(handed_out, outs, run.values)]
+    run.aux = None
+    if has_aux:
+        run.aux = pytree.unflatten(aux_spec, [*map(handed_out, aux, lowered)])
     run.written = _written(interpreter, wrappers)
     return run
 

@@ -13,6 +13,7 @@ from lamina.batching.interpreter import VmapInterpreter
 from lamina.batching.randomness import Part
 from lamina_core import pytree
 from lamina_core.errors import BatchSizeError, StructureError, message
+from lamina_core.views import handed_out
 from lamina_core.wrapper import LevelTensor
 
 __all__ = ["vmap"]
@@ -164,7 +165,7 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
         value = _without_dead(interpreter, value)
         if interpreter.is_own(value):
             bdim = value.bdim
-            value = value.value
+            value = handed_out(value, value.value)
         if dim is None:
             if bdim is not None:
                 raise interpreter.error(
