@@ -22,7 +22,7 @@ def made(monkeypatch):
     """Makes no environment and runs nothing; holds what would have been done."""
     done = []
 
-    def make(self, *, keep_downloads):
+    def make(self, *, keep_downloads, patience):
         done.append(("make", self.torch, keep_downloads))
         return 12.0
 
@@ -99,6 +99,19 @@ def test_a_version_that_is_not_pinned(capsys):
 def test_a_python_that_is_not_there(tmp_path, capsys):
     assert command.main(["2.13", "--python", "4.1", "--folder", str(tmp_path)]) == 2
     assert "no Python 4.1 here" in capsys.readouterr().out
+
+
+def test_an_environment_that_takes_too_long(tmp_path):
+    environment = Environment("2.13", environments.interpreter(None), tmp_path)
+    with pytest.raises(InstallError, match="took more than 0 s"):
+        environment._do(environment.base, "-c", "import time; time.sleep(9)", patience=0.1)
+
+
+def test_an_environment_without_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "_ROOM", 10**6)
+    environment = Environment("2.13", environments.interpreter(None), tmp_path)
+    with pytest.raises(InstallError, match="1000000 are needed"):
+        environment.make(keep_downloads=False)
 
 
 def test_counts_are_read_from_a_run(tmp_path, monkeypatch):

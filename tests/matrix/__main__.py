@@ -1,7 +1,7 @@
 """`python -m tests.matrix 2.11 newest`: makes environments, runs the tests in them, sums up.
 
 The exit status is 0 if all tests passed everywhere, 1 if some failed, 2 if an environment could not
-be made.
+be made and nothing failed in the others.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> int:
         for version in options.versions or pinned()
     ]
     print(f"\n{table(outcomes)}", flush=True)
-    if not all(outcome.ran for outcome in outcomes):
-        return 2
-    return int(any(outcome.status for outcome in outcomes))
+    if any(outcome.status for outcome in outcomes):
+        return 1
+    return 0 if all(outcome.ran for outcome in outcomes) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="remove each environment after its run, and leave pip's cache alone",
     )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        metavar="SECONDS",
+        help="how long an environment may take to install (default: as long as it takes)",
+    )
     return parser
 
 
@@ -88,7 +94,9 @@ def _tried(
         try:
             environment = Environment(torch, interpreter(python), options.folder)
             _say(f"torch {pinned()[torch]}, Python {environment.python_version}: installing")
-            made_in = environment.make(keep_downloads=not options.discard)
+            made_in = environment.make(
+                keep_downloads=not options.discard, patience=options.patience
+            )
             _say(f"torch {environment.torch_version()}: the {options.selection} tests")
             outcome = run(environment, options.selection, more)
             outcome.made_in, outcome.notes = made_in, notes

@@ -17,6 +17,7 @@ __all__ = ["Environment", "InstallError", "default_folder", "interpreter", "pinn
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).parent / "requirements"
 _EXTRAS = "test,models,tutorials"
+_ROOM = 10  # GB: the largest environment takes 6, and pip as much again for a moment
 _DONE = "installed.txt"  # tells what is in the environment; written last
 
 
@@ -109,26 +110,31 @@ class Environment:
         done = self.place / _DONE
         return done.exists() and done.read_text() == self._contents()
 
-    def make(self, *, keep_downloads: bool) -> float:
+    def make(self, *, keep_downloads: bool, patience: float | None = None) -> float:
         """Makes it, or brings it up to date; returns the seconds that this took.
 
         Args:
             keep_downloads: Whether pip may fill its cache: a wheel of torch and those that it
                 needs take gigabytes.
+            patience: After how many seconds to give up.
 
         Raises:
-            InstallError: pip says no.
+            InstallError: pip says no, takes too long, or would have too little room on the disk.
         """
         if self.is_ready():
             return 0.0
         start = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free / 2**30
+        if free < _ROOM:
+            raise InstallError(f"{free:.0f} GB are free in {self.folder}, {_ROOM} are needed")
         if not self.python.exists():
             self._do(self.base, "-m", "venv", self.place)
         options = [] if keep_downloads else ["--no-cache-dir"]
         self._do(
             *(self.python, "-m", "pip", "install", "--quiet", *options),
             *("--requirement", self.requirements, "--editable", f"{ROOT}[{_EXTRAS}]"),
+            patience=patience,
         )
         (self.place / _DONE).write_text(self._contents())
         return time.perf_counter() - start
@@ -151,8 +157,11 @@ class Environment:
         project = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
         return f"{ROOT}\n{self.requirements.read_text()}{project}\n"
 
-    def _do(self, *command: object) -> None:
+    def _do(self, *command: object, patience: float | None = None) -> None:
         words: Sequence[str] = [*map(str, command)]
-        result = subprocess.run(words, cwd=ROOT, check=False)
+        try:
+            result = subprocess.run(words, cwd=ROOT, check=False, timeout=patience)
+        except subprocess.TimeoutExpired:
+            raise InstallError(f"{' '.join(words)}: took more than {patience:.0f} s") from None
         if result.returncode != 0:
             raise InstallError(f"{' '.join(words)}: exit status {result.returncode}")
