@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.autograd import Function
 
-from lamina import grad, jvp, vjp, vmap
+from lamina import grad, jacfwd, jvp, linearize, vjp, vmap
+from lamina_core.errors import DataDependentError, NotDifferentiableError
 from tests.autodiff.functions import (
     PAIRS,
     GradientsInside,
@@ -243,3 +244,75 @@ def test_an_exception_in_forward_or_backward_leaves_the_levels_working():
         return x.sin().sum()
 
     torch.testing.assert_close(grad(f)(inputs()[0]), inputs()[0].cos())
+
+
+def under_no_grad(x, g):
+    with torch.no_grad():
+        return g * x.cos()
+
+
+def recomputed(x, g):
+    with torch.enable_grad():
+        inside = x.detach().requires_grad_()
+        return torch.autograd.grad(inside.sin(), inside, g)[0]
+
+
+# A backward that is no function of the cotangents, or none that can be transposed. With jvp by
+# `torch.autograd.forward_ad` PyTorch refuses every Function without a jvp of its own.
+OPAQUE = {
+    "no_grad": under_no_grad,
+    "detach": lambda x, g: g.detach() * x.cos(),
+    "detached in part": lambda x, g: g * x.cos() + g.detach(),
+    "tolist": lambda x, g: torch.tensor(g.tolist(), dtype=g.dtype) * x.cos(),
+    "clipped": lambda x, g: g.clamp(-0.1, 0.1),
+    "normalised": lambda x, g: g / g.norm(),
+    "constant": lambda x, g: torch.ones_like(x),
+    "a graph of its own": recomputed,
+    "looked at": lambda x, g: g if g.sum() != 7 else 2 * g,
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_no_tangent_is_made_of_an_opaque_backward(name):
+    class Opaque(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            return OPAQUE[name](ctx.saved_tensors[0], g)
+
+    x = inputs()[0]
+    for run in (
+        lambda: jvp(Opaque.apply, (x,), (x,)),
+        lambda: vmap(lambda x: jvp(Opaque.apply, (x,), (x,))[1])(x[None]),
+        lambda: linearize(Opaque.apply, x),
+        lambda: jacfwd(Opaque.apply)(x),
+    ):
+        with pytest.raises((NotDifferentiableError, DataDependentError)):
+            run()
+
+
+def test_a_backward_in_parts():
+    class Parts(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            left = torch.where(x > 0, g, 0) * x.cos()
+            right = g.masked_fill(x > 0, 0).clone().mul_(x.cos())
+            return (left + right)[torch.arange(len(x))]
+
+    x, t = inputs()[0], inputs()[1]
+    torch.testing.assert_close(jvp(Parts.apply, (x,), (t,))[1], x.cos() * t)
+    second = jvp(lambda x: jvp(Parts.apply, (x,), (t,))[1], (x,), (t,))[1]
+    torch.testing.assert_close(second, -x.sin() * t * t)
+    torch.testing.assert_close(
+        grad(lambda x: jvp(Parts.apply, (x,), (t,))[1].sum())(x), -x.sin() * t
+    )

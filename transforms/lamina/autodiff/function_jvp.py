@@ -11,7 +11,7 @@ derivative in anything else is the second derivative that the mark forbids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from lamina.autodiff.checks import is_differentiable
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.function import values_of
 from lamina.autodiff.linear_transpose import linear_transpose
-from lamina.autodiff.reverse import ReverseInterpreter
-from lamina.autodiff.tape import backward
 from lamina_core.errors import NotDifferentiableError, message
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
 from lamina_core.scopes import asleep, run_at
@@ -64,25 +62,78 @@ def _apply_jvp(interpreter: Any, custom: Custom, args: tuple[Any, ...], needs: N
     return applied.lifted(args, outs)
 
 
-def _transposed(custom: Custom, applied: Applied, mine: Needs, tangents: list[Any]) -> list[Any]:
+def _transposed(
+    custom: Custom, applied: Applied, mine: Needs, tangents: Sequence[Any]
+) -> list[Any]:
     """J t as the transpose of ct -> J^T ct, which is linear: pull t back through the backward."""
-    zeros = [
-        torch.zeros_like(out) if is_differentiable(out) and i not in applied.constant else None
+    outs = _metas(applied)
+    if all(meta is None for meta in outs):
+        return [None] * len(outs)
+
+    def pulled_back(cts: Sequence[Any]) -> Any:
+        return custom.backward(applied.tensors, applied.rest, mine, cts)
+
+    given = [tangent for tangent, own in zip(tangents, mine, strict=True) if own]
+    try:
+        return _push(pulled_back, outs, mine, given)
+    except NotDifferentiableError:
+        raise  # of an op in it, which says more
+    except _REFUSALS as error:
+        raise _closed(custom.name, "its backward", custom.name, error) from error
+
+
+_REFUSALS = (NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _metas(applied: Applied) -> list[Meta | None]:
+    """The shapes of the outputs of a function; None for one without a derivative."""
+    return [
+        Meta(out) if is_differentiable(out) and i not in applied.constant else None
         for i, out in enumerate(applied.outs)
     ]
-    if all(zero is None for zero in zeros):
-        return zeros
-    with ReverseInterpreter("jvp by two vjps") as inner, torch.enable_grad():
-        cts = [None if zero is None else inner.leaf(zero) for zero in zeros]
-        pulled = custom.backward(applied.tensors, applied.rest, mine, cts)
-        pulled = [strip_dead(ct) for ct in pulled]
-        positions = [
-            (ct.node, ct.index) if inner.is_own(ct) and ct.node is not None else None
-            for ct in pulled
-        ]
-    leaves = [ct.node for ct in cts if ct is not None]
-    found = iter(backward(positions, tangents, leaves, release=True))
-    return [None if ct is None else next(found) for ct in cts]
+
+
+def _push(
+    pulled_back: Callable[[Sequence[Any]], Any],
+    outs: Sequence[Meta | None],
+    mine: Needs,
+    tangents: Sequence[Any],
+) -> list[Any]:
+    """Tangents of outputs, by the transpose of what pulls their cotangents back.
+
+    Args:
+        pulled_back: Takes a cotangent for each output; gives one for each argument, or None.
+        outs: The shapes of the outputs; None for one without a derivative.
+        mine: Which arguments have a tangent.
+        tangents: Of those.
+    """
+    live: list[Any] = []
+
+    def pull(*given: Any) -> list[Any]:
+        cts = iter(given)
+        found = pulled_back([meta and next(cts) for meta in outs])
+        wanted = [ct for ct, own in zip(found, mine, strict=True) if own]
+        live.extend([ct is not None for ct in wanted])
+        return [ct for ct in wanted if ct is not None]
+
+    zeros = [meta.zeros() for meta in outs if meta is not None]
+    with torch.enable_grad():
+        transposed = linear_transpose(pull, *zeros)
+    seeds = [_conjugate(t) for t, wanted in zip(tangents, live, strict=True) if wanted]
+    found = iter(transposed(seeds))
+    return [None if meta is None else _conjugate(next(found)) for meta in outs]
+
+
+def _closed(name: str, backward: str, owner: str, error: Exception) -> NotDifferentiableError:
+    reason, _, _ = str(error).partition("\n")
+    return NotDifferentiableError(
+        message(
+            f"the jvp of {name} could not be made of {backward}",
+            f"jvp transposes it in the cotangents, and met {type(error).__name__}: {reason}",
+            f"to fix: define jvp in {owner}, or write its backward with torch ops that are "
+            "linear in the cotangents",
+        )
+    )
 
 
 # -- a backward that may not be differentiated -----------------------------------------------------
@@ -123,10 +174,7 @@ class _Pushed(Custom):
         self.rest = applied.rest
         self.mine = tuple([tangent is not None for tangent in tangents])
         self.count = len(applied.tensors)
-        self.outs = [
-            Meta(out) if is_differentiable(out) and i not in applied.constant else None
-            for i, out in enumerate(applied.outs)
-        ]
+        self.outs = _metas(applied)
 
     def _taken_apart(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """The tangents, and what the function has saved."""
@@ -137,39 +185,17 @@ class _Pushed(Custom):
         """Transpose the backward in the cotangents."""
         tangents, saved = self._taken_apart(args)
         opened = self.custom.opened()
-        live: list[Any] = []
 
-        def pull(*given: Any) -> list[Any]:
-            cts = iter(given)
-            found = opened.backward(
-                saved, self.rest, self.mine, [meta and next(cts) for meta in self.outs]
-            )
-            wanted = [ct for ct, own in zip(found, self.mine, strict=True) if own]
-            live.extend([ct is not None for ct in wanted])
-            return [ct for ct in wanted if ct is not None]
+        def pulled_back(cts: Sequence[Any]) -> Any:
+            return opened.backward(saved, self.rest, self.mine, cts)
 
-        zeros = [meta.zeros() for meta in self.outs if meta is not None]
         try:
-            with torch.enable_grad():
-                transposed = linear_transpose(pull, *zeros)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise self._closed(error) from error
-        seeds = [_conjugate(t) for t, wanted in zip(tangents, live, strict=True) if wanted]
-        found = iter(transposed(seeds))
-        outs = [None if meta is None else _conjugate(next(found)) for meta in self.outs]
+            outs = _push(pulled_back, self.outs, self.mine, tangents)
+        except _REFUSALS as error:
+            name = self.custom.name
+            mark = "its backward, which is marked with @once_differentiable"
+            raise _closed(name, mark, name, error) from error
         return Applied(outs, tensors=args, sources=range(len(args)))
-
-    def _closed(self, error: Exception) -> NotDifferentiableError:
-        reason, _, _ = str(error).partition("\n")
-        return NotDifferentiableError(
-            message(
-                f"{self.name} could not be made of its backward, which is marked with "
-                "@once_differentiable",
-                f"jvp transposes it in the cotangents, and met {type(error).__name__}: {reason}",
-                f"to fix: define jvp in {self.custom.name}, or write its backward with torch ops "
-                "that are linear in the cotangents",
-            )
-        )
 
     def _refuse(self, flags: Sequence[bool]) -> None:
         """Raise unless derivatives are asked for in tangents alone."""

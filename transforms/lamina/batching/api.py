@@ -13,6 +13,7 @@ from lamina.batching.interpreter import VmapInterpreter
 from lamina.batching.randomness import Part
 from lamina_core import pytree
 from lamina_core.errors import BatchSizeError, StructureError, message
+from lamina_core.recipe import root_of
 from lamina_core.views import handed_out
 from lamina_core.wrapper import LevelTensor
 
@@ -162,7 +163,7 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
             results.append(value)
             continue
         bdim = None
-        value = _without_dead(interpreter, value)
+        output = value = _without_dead(interpreter, value)
         if interpreter.is_own(value):
             bdim = value.bdim
             value = handed_out(value, value.value)
@@ -185,8 +186,23 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
         if bdim is None:
             value = value.expand(size, *value.shape)
             bdim = 0
-        results.append(value if bdim == dim % rank else value.movedim(bdim, dim))
+        value = value if bdim == dim % rank else value.movedim(bdim, dim)
+        results.append(value if value.is_contiguous() else _apart(output, value))
     return pytree.unflatten(out_spec, results)
+
+
+def _apart(output: Any, value: Any) -> Any:
+    """The value of an output with a place in memory for each element, as in a stack of examples.
+
+    A value that is the same for all examples, or all elements, is kept once while it is computed
+    with. A view of an argument remains one.
+    """
+    if type(value) in _CLASSES or 0 not in value.stride() or not value.numel():
+        return value
+    if all(stride or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        return value
+    shared = type(output) in _CLASSES and root_of(output).is_input
+    return value if shared else value.contiguous()
 
 
 def _without_dead(interpreter: VmapInterpreter, value: Any) -> Any:
