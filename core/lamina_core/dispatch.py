@@ -33,6 +33,7 @@ __all__ = [
     "call_one",
     "call_two",
     "copied",
+    "is_followed",
     "lower",
     "native",
     "pass_down",
@@ -150,6 +151,16 @@ def pass_down(
     )
 
 
+def is_followed(interpreter: Interpreter) -> bool:
+    """Whether the user's own autograd sees the ops on plain values of a level."""
+    outer = thread_mode().outer
+    return interpreter.watch and outer is not None and _asks(outer)
+
+
+def _asks(outer: Any) -> bool:
+    return bool(outer.sees_all or outer.grad_enabled or forward_ad._current_level >= 0)
+
+
 def watched(
     interpreter: Interpreter,
     handler: Any,
@@ -166,9 +177,7 @@ def watched(
     outer = thread_mode().outer
     if outer is not None and outer.sees_all and functorch_depth() != outer.depth:
         raise among_others(interpreter)
-    if outer is None or not (
-        outer.sees_all or outer.grad_enabled or forward_ad._current_level >= 0
-    ):
+    if outer is None or not _asks(outer):
         # Under no_grad around the transforms nobody outside asks, and the guard would switch off
         # this level as well, whose handler looks at the same flag.
         return handler(interpreter, op, args, kwargs)

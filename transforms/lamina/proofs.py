@@ -71,11 +71,23 @@ def _keys() -> None:
     _expect(after, before, "the dispatch keys and modes after a transform")
 
 
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *cts: Any) -> Any:
+        return cts[0] * 2
+
+
 @proof("wrappers in rules", "ops on wrappers find their level where no mode is on", when="nesting")
 def _wrappers() -> None:
     _expect(vmap(grad(lambda x: x**3))(2 * _ones(2)), [12.0, 12.0], "vmap(grad) of a cube")
     _expect(grad(grad(lambda x: x**3))(2 * _ones()), 12.0, "grad(grad) of a cube")
     _expect(jvp(lambda x: x**3, (_ones(),), (_ones(),))[1], 3.0, "jvp of a cube")
+    transposed = jvp(_Twice.apply, (_ones(),), (_ones(),))[1]
+    _expect(transposed, 2.0, "jvp of a torch.autograd.Function, by its backward")
 
 
 @proof("lazy conjugates", "an op in a handler sees that a plain tensor is a lazy conjugate")
@@ -94,6 +106,10 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cts: Any) -> Any:
         return cts[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0]
 
 
 class _ThroughInTwoSteps(_Through):

@@ -20,7 +20,12 @@ from lamina.autodiff.checks import is_differentiable
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.function import values_of
 from lamina.autodiff.linear_transpose import linear_transpose
-from lamina_core.errors import NotDifferentiableError, message
+from lamina_core.errors import (
+    DataDependentError,
+    NotDifferentiableError,
+    NotLinearError,
+    message,
+)
 from lamina_core.function import Applied, Custom, Needs, apply_custom, applying
 from lamina_core.scopes import asleep, run_at
 from lamina_core.user_function import Meta, differentiated_twice
@@ -76,9 +81,7 @@ def _transposed(
     given = [tangent for tangent, own in zip(tangents, mine, strict=True) if own]
     try:
         return _push(pulled_back, outs, mine, given)
-    except NotDifferentiableError:
-        raise  # of an op in it, which says more
-    except _REFUSALS as error:
+    except (NotLinearError, DataDependentError) as error:
         raise _closed(custom.name, "its backward", custom.name, error) from error
 
 

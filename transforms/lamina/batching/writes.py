@@ -13,12 +13,13 @@ import torch
 from lamina.batching.batched import BatchedTensor
 from lamina.batching.dims import batch_first, pad_rank
 from lamina_core.alias import captured_error, mutate
-from lamina_core.dispatch import pass_down
+from lamina_core.dispatch import is_followed, pass_down
 from lamina_core.errors import MutationError
 from lamina_core.overloads import aten
 from lamina_core.recipe import root_of
 from lamina_core.scatter import refuse_repeated, shows_twice
 from lamina_core.schema import OpFacts
+from lamina_core.scopes import run_at
 from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
 
 __all__ = ["in_place_handler", "store"]
@@ -51,8 +52,16 @@ def in_place_handler(known: OpFacts) -> Any:
             return mutate(interpreter, op, args, kwargs)
         refuse_repeated(interpreter, known, target)
         level = max((_value_level(interpreter, arg) for arg in args[1:]), default=0)
+        for arg in args[1:]:
+            if isinstance(arg, torch.Tensor) and type(arg) not in _CLASSES:
+                interpreter.look(arg)
         mixed = any(isinstance(arg, torch.Tensor) and arg.dtype != target.dtype for arg in args[1:])
-        if target.bdim is None or mixed or not _can_store(interpreter, target, level):
+        if (
+            target.bdim is None
+            or mixed
+            or is_followed(interpreter)
+            or not _can_store(interpreter, target, level)
+        ):
             return mutate(interpreter, op, args, kwargs)
         rank = target.dim()
         values = [batch_first(target.value, target.bdim)]
@@ -99,14 +108,21 @@ def store(interpreter: Any, target: Any, new: Any) -> bool:
         return False
     if not _can_store(interpreter, target, level_of(new.value)):
         return False
-    value = new.value
-    if target.bdim is not None:
-        value = pad_rank(value, new.bdim, target.dim())
-        batch_first(target.value, target.bdim).copy_(value)
+    if is_followed(interpreter) and type(target.value) not in _CLASSES:
+        with run_at(None):
+            _copy(target, new)
     else:
-        target.value.copy_(value)
+        _copy(target, new)
     _wrote(interpreter, target)
     return True
+
+
+def _copy(target: Any, new: Any) -> None:
+    if target.bdim is None:
+        target.value.copy_(new.value)
+    else:
+        value = pad_rank(new.value, new.bdim, target.dim())
+        batch_first(target.value, target.bdim).copy_(value)
 
 
 def _is_own(interpreter: Any, arg: Any) -> bool:
@@ -124,11 +140,16 @@ def _value_level(interpreter: Any, arg: Any) -> int:
 def _can_store(interpreter: Any, target: Any, level: int) -> bool:
     """Whether writing into the value of `target` means what writing to `target` means.
 
-    The caller's memory must be written. What was made inside is written only if no level below
-    keeps old values for a backward pass and if the value can carry what is written.
+    The caller's memory must be written. What was made inside is written only if nobody below keeps
+    old values for a backward pass and if the value can carry what is written. Where the caller's
+    own autograd follows, it does not know of views made here, so it is an argument as a whole that
+    is written.
     """
     value = target.value
     if _is_copy(target):
+        return False
+    followed = type(value) not in _CLASSES and is_followed(interpreter)
+    if followed and target.recipe is not None:
         return False
     if _shared(target):
         if root_of(target).is_input:
@@ -141,7 +162,7 @@ def _can_store(interpreter: Any, target: Any, level: int) -> bool:
         return False
     if root_of(target).is_input:
         return True
-    if shows_twice(target):
+    if followed or shows_twice(target):
         return False
     return level_of(value) >= level and not interpreter.keeps_below
 
