@@ -91,7 +91,7 @@ def test_a_batch_dim_in_the_middle_is_out_of_the_way(in_dim, memory_format):
         assert out.is_contiguous(memory_format=memory_format)
         out = x.clone(memory_format=memory_format)
         assert out.is_contiguous(memory_format=memory_format)
-        return x.view(6, 20).view(2, 12, 5).view_as(x)
+        return x.view(6, 20).reshape(2, 12, 5).view_as(x)
 
     torch.testing.assert_close(vmap(f, in_dims=in_dim)(x), x.movedim(in_dim, 0))
 
@@ -260,3 +260,64 @@ def test_fill_diagonal_is_a_write_through_a_view(shape, wrap):
     vmap(lambda x: x.fill_diagonal_(5.0, wrap), in_dims=2)(argument.movedim(0, 2))
     for example, filled in zip(x, argument, strict=True):
         torch.testing.assert_close(filled, example.clone().fill_diagonal_(5.0, wrap))
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2, -1])
+def test_arguments_show_the_strides_of_an_example(in_dim):
+    """They lie in the caller's memory, so a copy must be one where it is outside."""
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    views = (
+        lambda a: a,
+        lambda a: a[1:],
+        lambda a: a.t(),
+        lambda a: a.unbind()[1],
+        lambda a: a[:, :1].expand(-1, 3),
+        lambda a: a.unsqueeze(0),
+        lambda a: a.unflatten(1, (1, -1)),
+    )
+
+    def strides(a):
+        return [(dense(v(a)), v(a).is_contiguous()) for v in views]
+
+    def dense(a):
+        return [stride for size, stride in zip(a.shape, a.stride(), strict=True) if size != 1]
+
+    seen = []
+    vmap(lambda a: seen.append(strides(a)) or a, in_dim)(x)
+    assert seen == [strides(x.select(in_dim, 0))]
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2, -1])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda a: a.contiguous(),
+        lambda a: a.reshape(-1),
+        lambda a: a.flatten(),
+        lambda a: a[1:].contiguous(),
+        lambda a: a.t().reshape(-1),
+    ],
+)
+def test_writes_reach_the_argument_where_they_do_outside(copy, in_dim):
+    def f(a):
+        return copy(a).add_(100) * 1, a.sum()
+
+    looped, mapped = (torch.arange(24.0).reshape(2, 3, 4) for _ in range(2))
+    count = looped.shape[in_dim]
+    expected = [f(looped.select(in_dim, i)) for i in range(count)]
+    actual = vmap(f, in_dim)(mapped)
+    torch.testing.assert_close(mapped, looped)
+    for out, rows in zip(actual, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(out, torch.stack(rows))
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_strides_of_an_argument_are_those_of_an_example(in_dim):
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    for f in (
+        lambda a: a.as_strided((2, 2), (2, 1)) * 1,
+        lambda a: a[1:].as_strided((2,), (1,)) * 1,
+        lambda a: a.t().as_strided((2, 2), (1, 2)) * 1,
+    ):
+        expected = torch.stack([f(example) for example in x.unbind(in_dim)])
+        torch.testing.assert_close(vmap(f, in_dim)(x), expected)

@@ -10,7 +10,7 @@ from lamina_core.errors import EscapedTensorError, message
 from lamina_core.torch_hooks.tensors import make_wrapper
 from lamina_core.wrapper import LevelTensor, box
 
-__all__ = ["BatchedTensor", "wrap", "wrap_like"]
+__all__ = ["BatchedTensor", "wrap", "wrap_exact", "wrap_like"]
 
 default_dtype = torch.get_default_dtype
 
@@ -97,6 +97,29 @@ def wrap(interpreter: Any, value: Any, bdim: int | None) -> BatchedTensor:
     out.bdim = bdim
     out.logical = size
     out.strides = stride
+    return out
+
+
+def wrap_exact(interpreter: Any, value: Any, bdim: int | None) -> BatchedTensor:
+    """As `wrap`, for an argument or a view of one: the strides are those that an example has.
+
+    What is computed shows as contiguous where its value is, for outside it would be; the example of
+    an argument has other strides than the whole if the batch dim is not the first.
+    """
+    out = wrap(interpreter, value, bdim)
+    if not bdim or out.strides is not None:
+        return out
+    strides = value.stride()
+    strides = strides[:bdim] + strides[bdim + 1 :]
+    dense = 1
+    for size, stride in zip(reversed(out.logical), reversed(strides), strict=True):
+        if size != 1 and stride != dense and value.numel():
+            exact = box(BatchedTensor, value, out.logical, strides)
+            for name in ("interpreter", "value", "recipe", *BatchedTensor.__slots__):
+                setattr(exact, name, getattr(out, name))
+            exact.strides = strides
+            return exact
+        dense *= size
     return out
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lamina.batching.agreement import validated
-from lamina.batching.batched import BatchedTensor, wrap
-from lamina.batching.dims import EmptyBatchError
+from lamina.batching.batched import BatchedTensor, wrap, wrap_exact
+from lamina.batching.dims import EmptyBatchError, batch_first
 from lamina.batching.elementwise import elementwise_handler
 from lamina.batching.fallback import loop_over_examples, note_fallback
 from lamina.batching.operands import pass_unbatched, unwrap
@@ -45,6 +45,11 @@ __all__ = ["resolve"]
 
 Tensor = torch.Tensor
 _VIEW = aten.view.default
+_GOES_BY_STRIDES = (
+    aten.as_strided.default,
+    aten.as_strided_scatter.default,
+    aten.contiguous.default,
+)
 
 
 def resolve(op: Any) -> Handler:
@@ -59,6 +64,8 @@ def resolve(op: Any) -> Handler:
             handle = _view_handler(rule, known, handle)
             if op is _VIEW:
                 handle = _exact_view_handler(handle)
+        if op in _GOES_BY_STRIDES:
+            handle = _example_handler(handle)
         return under_autocast(op, admitting(known, handle))
     if known.mutated and decomposition_of(op) is None:
         return in_place_handler(known)
@@ -108,7 +115,8 @@ def _rule_handler(rule: Rule, known: OpFacts) -> Handler:
             # A rule that hands its operand through, as `contiguous` may, keeps the identity.
             if values and out is values[0] and out_dims == dims[0]:
                 return args[0]
-            wrapped: Any = wrap(interpreter, out, out_dims)
+            how = _how(args[0]) if known.is_view else wrap
+            wrapped: Any = how(interpreter, out, out_dims)
         else:
             wrapped = interpreter.wrap_out(out, out_dims)
         if (
@@ -146,15 +154,39 @@ def _view_handler(rule: Rule, known: OpFacts, general: Handler) -> Handler:
             return general(interpreter, op, args, kwargs)
         out, out_dims = answer
         if not isinstance(out, Tensor):
-            return record_views(interpreter.wrap_out(out, out_dims), op, args, kwargs)
+            return record_views(interpreter.wrap_out(out, out_dims, _how(x)), op, args, kwargs)
         if out is value and out_dims == x.bdim:
             return x
-        wrapped = wrap(interpreter, out, out_dims)
+        how = wrap if x.bdim == 0 else _how(x)
+        wrapped = how(interpreter, out, out_dims)
         if is_view or _shows_view(x, out):
             wrapped.recipe = ViewRecipe(x, op, rest, kwargs, None)
         return wrapped
 
     return handle
+
+
+def _how(x: Any) -> Any:
+    """How a view of a tensor is wrapped."""
+    return wrap_exact if type(x) is BatchedTensor and x.bdim and root_of(x).is_input else wrap
+
+
+def _example_handler(handle: Handler) -> Handler:
+    """The handler of an op for which the strides of an example count.
+
+    Its rule takes a contiguous value for one whose examples are, as computed ones are.
+    """
+
+    @wraps(handle)
+    def of_examples(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        if type(x) is BatchedTensor and x.interpreter is interpreter and x.bdim and x.strides:
+            first = wrap(interpreter, batch_first(x.value, x.bdim), 0)
+            first.recipe, first.is_input = x.recipe, x.is_input
+            args = (first, *args[1:])
+        return handle(interpreter, op, args, kwargs)
+
+    return of_examples
 
 
 def _exact_view_handler(handle: Handler) -> Handler:

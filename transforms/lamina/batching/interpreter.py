@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from lamina.batching import rules as _rules
-from lamina.batching.batched import BatchedTensor, wrap
+from lamina.batching.batched import BatchedTensor, wrap, wrap_exact
 from lamina.batching.dims import ensure_batched
 from lamina.batching.randomness import Part
 from lamina.batching.table import RULES, Info
@@ -55,7 +55,7 @@ class VmapInterpreter(HandlerInterpreter):
     def lift(self, value: Any, bdim: int | None) -> BatchedTensor:
         """Wrap an argument of the mapped function."""
         self.look(value)
-        out = wrap(self, value, bdim)
+        out = wrap_exact(self, value, bdim)
         out.is_input = True
         return out
 
@@ -95,13 +95,13 @@ class VmapInterpreter(HandlerInterpreter):
         """Write `new` into the memory of `target` where that is sound; say whether it was."""
         return store(self, target, new)
 
-    def wrap_out(self, out: Any, out_dims: Any) -> Any:
+    def wrap_out(self, out: Any, out_dims: Any, how: Any = wrap) -> Any:
         """Wrap what a rule returned."""
         if isinstance(out, Tensor):
-            return wrap(self, out, out_dims)
+            return how(self, out, out_dims)
         if isinstance(out, (tuple, list)):
             if not isinstance(out_dims, (tuple, list)):
                 out_dims = [out_dims] * len(out)
-            wrapped = [self.wrap_out(o, d) for o, d in zip(out, out_dims, strict=True)]
+            wrapped = [self.wrap_out(o, d, how) for o, d in zip(out, out_dims, strict=True)]
             return wrapped if type(out) is list else tuple(wrapped)
         return out
