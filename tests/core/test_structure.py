@@ -22,6 +22,7 @@ RULES_MAY_IMPORT = {
     "lamina.batching.rules": {
         "lamina.batching.advanced",
         "lamina.batching.agreement",
+        "lamina.batching.bounds",
         "lamina.batching.dims",
         "lamina.batching.table",
         "lamina.batching.rules",

@@ -245,9 +245,11 @@ def _gathered(ct, dim, index, shape):
     if found.shape == shape:
         return found
     pad = []
-    for size, full in zip(reversed(found.shape), reversed(shape), strict=True):
+    # What has no dims is written as a vector of one element.
+    for size, full in zip(reversed(found.shape or (1,)), reversed(shape or (1,)), strict=True):
         pad += [0, full - size]
-    return torch.nn.functional.pad(found, pad)
+    found = found if found.dim() else found.reshape(1)
+    return torch.nn.functional.pad(found, pad).reshape(shape)
 
 
 @vjp_rule(aten.scatter.src)

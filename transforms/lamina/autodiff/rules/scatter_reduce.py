@@ -46,6 +46,9 @@ def _by_index_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     out, x, dim, index, src, reduce, include_self = residuals
     if ct is None:
         return None, None, None
+    shape = src.shape
+    if src.dim() != index.dim():  # what has no dims is a vector of one element
+        src, index = src.reshape(shape or (1,)), index.reshape(index.shape or (1,))
     whole = src.shape
     for d, size in enumerate(index.shape):
         src = src.narrow(d, 0, size)
@@ -55,7 +58,7 @@ def _by_index_pullback(residuals: Any, needs: Any, ct: Any) -> Any:
     if src_ct.shape != whole:
         rest = [whole[d] - index.shape[d] for d in reversed(range(len(whole)))]
         src_ct = pad(src_ct, [n for size in rest for n in (0, size)])
-    return x_ct if needs[0] else None, None, src_ct if needs[2] else None
+    return x_ct if needs[0] else None, None, src_ct.reshape(shape) if needs[2] else None
 
 
 def _sum_pullback(

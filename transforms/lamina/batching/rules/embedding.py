@@ -1,7 +1,8 @@
 """Batching rules of embeddings.
 
 Tables of their own per example become one long table, into which the indices of example b are moved
-by b times the length of one. An index that is padding gets no gradient wherever it lands.
+by b times the length of one. An index that is padding gets no gradient wherever it lands; one that
+is out of range would land in the table of another example, and is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lamina.batching.bounds import require, require_all
 from lamina.batching.dims import (
     batch_first,
     ensure_batched,
@@ -24,6 +26,7 @@ from lamina_core.overloads import aten
 
 def _moved(index: Any, rows: int) -> Any:
     """[B, *I] indices into tables of `rows` rows -> indices into the one long table."""
+    require(index, 0, rows)
     start = torch.arange(index.shape[0], device=index.device, dtype=index.dtype) * rows
     return index + start.reshape(-1, *[1] * (index.dim() - 1))
 
@@ -111,6 +114,17 @@ def embedding_renorm(
 SUM, MEAN, MAX = 0, 1, 2
 
 
+def _check_offsets(offsets: Any, count: int, last_is_end: bool) -> None:
+    """Refuse bags that do not divide `count` entries among them."""
+    if not offsets.numel():
+        return
+    require(offsets, 0, count + 1, "offset")
+    require_all(offsets[0] == 0, "offsets[0] has to be 0: the first bag starts with entry 0")
+    if last_is_end:
+        text = f"offsets[-1] has to be {count}, the number of entries, with include_last_offset"
+        require_all(offsets[-1] == count, text)
+
+
 @decomposition(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
 def _embedding_bag(
     weight: Any,
@@ -124,6 +138,7 @@ def _embedding_bag(
     padding_idx: int = -1,
 ) -> Any:
     """[V, D], [n], [bags] -> [bags, D], the bag of each index, the bag sizes, the argmaxes."""
+    _check_offsets(offsets, index.shape[0], include_last_offset and mode != MAX)
     if include_last_offset:
         offsets = offsets[:-1]
     bags, columns = offsets.shape[0], weight.shape[1]

@@ -19,6 +19,7 @@ from lamina.batching.advanced import (
     place_of_block,
 )
 from lamina.batching.agreement import common_number
+from lamina.batching.bounds import require, require_all
 from lamina.batching.dims import (
     at_least_1d,
     batch_first,
@@ -107,6 +108,7 @@ def index_select(info: Any, in_dims: Any, x: Any, dim: int, index: Any) -> Any:
     if index_bdim is None:
         out = x.index_select(at, index)
         return (out.squeeze(at) if scalar else out), x_bdim
+    require(index, 0, x.shape[at])  # what reads below counts negative ones from the end
     index = batch_first(index, index_bdim)
     if x_bdim is None:
         out, bdim = aten.index(x, [*[None] * at, index]), at
@@ -145,12 +147,10 @@ def narrow_tensor(info: Any, in_dims: Any, x: Any, dim: int, start: Any, length:
     if start.dim() != 1 or start.dtype.is_floating_point or start.dtype is torch.bool:
         raise RuntimeError(f"narrow() starts at one integer, not at {start.dtype} of mapped dims.")
     numbers = start.unsqueeze(1).to(torch.int64)
-    if length != 1:
-        size = logical_shape(x, x_bdim)[dim]
-        # From a start that is out of range on the left the numbers must not come in again.
-        first = torch.where(numbers < 0, numbers + size, numbers)
-        first = torch.where(first < 0, numbers - length, first)
-        numbers = first + torch.arange(length, device=x.device)
+    size = logical_shape(x, x_bdim)[dim]
+    require(numbers, -size, size + 1, "start")
+    first = torch.where(numbers < 0, numbers + size, numbers)
+    numbers = first + torch.arange(length, device=x.device) if length != 1 else first
     return index_select(info, (x_bdim, None, 0), x, dim, numbers)
 
 
@@ -200,7 +200,12 @@ def repeat_interleave(
             "aten.repeat_interleave.Tensor would give each example an output of its own shape",
             "to fix: pass output_size, which says how many elements each example has",
         )
-    totals = batch_first(repeats, in_dims[0]).cumsum(1)
+    repeats = batch_first(repeats, in_dims[0])
+    require_all(repeats >= 0, "repeats can not be negative")
+    totals = repeats.cumsum(1)
+    require_all(
+        repeats.sum(1) == output_size, "allocated size does not match required size: output_size"
+    )
     places = torch.arange(output_size, device=repeats.device, dtype=totals.dtype)
     places = places.expand(info.batch_size, output_size).contiguous()
     return torch.searchsorted(totals, places, right=True).to(repeats.dtype), 0

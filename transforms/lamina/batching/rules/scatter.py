@@ -17,6 +17,7 @@ from lamina.batching.advanced import (
     masks_to_numbers,
     place_of_block,
 )
+from lamina.batching.bounds import require, require_all
 from lamina.batching.dims import (
     at_least_1d,
     batch_first,
@@ -177,6 +178,7 @@ def index_copy(info: Any, in_dims: Any, x: Any, dim: int, index: Any, source: An
 def _put_rows(x: Any, index: Any, source: Any, at: int, *, accumulate: bool) -> Any:
     if source.dim() < x.dim():  # a 0-d source that is written to one place of a vector
         source = source.unsqueeze(at)
+    require(index, 0, x.shape[at])  # what writes below counts negative ones from the end
     moved, source = x.movedim(at, 1), source.movedim(at, 1)
     out = aten.index_put(moved, [example_numbers(x, 1), index], source, accumulate)
     return out.movedim(1, at)
@@ -199,10 +201,14 @@ def index_fill_tensor(info: Any, in_dims: Any, x: Any, dim: int, index: Any, val
     if in_dims[2] is None and in_dims[3] is None:
         return index_fill(info, in_dims, x, dim, index, value)
     rows, numbers, value, at = _rows(info, in_dims, x, dim, index, value, in_dims[3])
-    moved = rows.movedim(at, 1)
-    value = value.to(x.dtype).reshape(-1, *[1] * (moved.dim() - 1))
-    block = [example_numbers(moved, 1), numbers]
-    return _restore(info, in_dims, x, aten.index_put(moved, block, value).movedim(1, at))
+    if in_dims[2] is None:
+        numbers = numbers.unsqueeze(0)
+    # A mask, as a place that is named twice is filled once, with one derivative.
+    mask = torch.zeros((numbers.shape[0], rows.shape[at]), dtype=torch.bool, device=x.device)
+    mask = aten.index_put(mask, [example_numbers(mask, 1), numbers], mask.new_ones(()))
+    mask = mask.reshape(-1, *[1] * (at - 1), rows.shape[at], *[1] * (rows.dim() - at - 1))
+    value = value.to(x.dtype).reshape(-1, *[1] * (rows.dim() - 1))
+    return _restore(info, in_dims, x, torch.where(mask, value, rows))
 
 
 @batching_rule(aten.index_reduce.default)
@@ -371,6 +377,7 @@ def masked_scatter(info: Any, in_dims: Any, x: Any, mask: Any, source: Any) -> A
     source = ensure_batched(source, in_dims[2], size)
     length = torch.Size(source.shape[1:]).numel()
     if not count or not length:
+        require_all(~mask, "Number of elements of source < number of ones in mask")
         return x.reshape(size, *shape), 0
     place = (mask.cumsum(1) - 1).clamp(min=0)
     taken = source.reshape(size, length).gather(1, place)
