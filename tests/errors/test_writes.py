@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 
@@ -127,3 +128,10 @@ a tensor that the gradient of aten.mul.Tensor needs was written to in place
   it has the shape [2, 3]
   to fix: write to a clone of it""",
     )
+
+
+@pytest.mark.filterwarnings("ignore")  # of what tracing is good for
+def test_a_write_that_is_not_traced():
+    traced = vmap(lambda x: x.sin().mul_(2))
+    with pytest.raises(MutationError, match="does not see what is written"):
+        torch.jit.trace(traced, (X,))

@@ -17,6 +17,7 @@ __all__ = [
     "mode_count",
     "pop_mode",
     "push_mode",
+    "tracing_state",
 ]
 
 disable_modes: Any = door("torch.utils._python_dispatch._disable_current_modes", "metadata alone")
@@ -25,6 +26,7 @@ disable_function_modes: Any = door("torch._C.DisableTorchFunction", "metadata al
 # Not through `with mode`: that counts in globals for which threads would race.
 push_mode = door("torch._C._push_on_torch_dispatch_stack", "switching the mode of a thread on")
 pop_mode = door("torch._C._pop_torch_dispatch_stack", "switching the mode of a thread off")
+tracing_state = door("torch._C._get_tracing_state", "noticing torch.jit.trace")
 mode_count = door("torch._C._len_torch_dispatch_stack", "whether user code or a rule is running")
 mode_at = door("torch._C._get_dispatch_stack_at", "finding the mode of a thread")
 function_mode_count = door(

@@ -20,6 +20,7 @@ from lamina_core.recipe import root_of
 from lamina_core.scatter import refuse_repeated, shows_twice
 from lamina_core.schema import OpFacts
 from lamina_core.scopes import run_at
+from lamina_core.torch_hooks.modes import tracing_state
 from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
 
 __all__ = ["in_place_handler", "store"]
@@ -184,7 +185,17 @@ def _is_copy(view: Any) -> bool:
 
 
 def _wrote(interpreter: Any, target: Any) -> None:
-    """Count the write, so that copies among the views are made again and old residuals noticed."""
+    """Count the write, so that copies among the views are made again and old residuals noticed.
+
+    Raises:
+        MutationError: If `torch.jit.trace` is at work, which does not see it.
+    """
+    if tracing_state() is not None:
+        raise interpreter.error(
+            MutationError,
+            "torch.jit.trace does not see what is written inside vmap",
+            "to fix: use torch.export.export, or the out-of-place form of the op",
+        )
     interpreter.mutated = True
     plain = target.value
     if type(plain) not in _CLASSES and not plain.is_inference():
