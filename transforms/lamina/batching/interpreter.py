@@ -16,6 +16,7 @@ from lamina.batching.writes import store
 from lamina_core.handlers import Handler, HandlerInterpreter
 from lamina_core.mode import thread_mode
 from lamina_core.scopes import revived, run_at
+from lamina_core.torch_hooks.modes import tracing_state
 from lamina_core.views import refresh_all
 
 __all__ = ["VmapInterpreter"]
@@ -37,6 +38,7 @@ class VmapInterpreter(HandlerInterpreter):
         self.batch_size = batch_size
         self.randomness = randomness
         self.info = Info(self, batch_size, randomness)
+        self.traced = tracing_state() is not None  # by torch.jit.trace; not known while an op runs
 
     def __str__(self) -> str:
         """The transform as the user wrote it."""

@@ -20,7 +20,6 @@ from lamina_core.recipe import root_of
 from lamina_core.scatter import refuse_repeated, shows_twice
 from lamina_core.schema import OpFacts
 from lamina_core.scopes import run_at
-from lamina_core.torch_hooks.modes import tracing_state
 from lamina_core.wrapper import LevelTensor, level_of, shares_memory, strip_dead
 
 __all__ = ["in_place_handler", "store"]
@@ -190,7 +189,7 @@ def _wrote(interpreter: Any, target: Any) -> None:
     Raises:
         MutationError: If `torch.jit.trace` is at work, which does not see it.
     """
-    if tracing_state() is not None:
+    if interpreter.traced:
         raise interpreter.error(
             MutationError,
             "torch.jit.trace does not see what is written inside vmap",
