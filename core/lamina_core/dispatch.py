@@ -147,7 +147,7 @@ def pass_down(
         return out
     taken = {id(tensor) for tensor in tensors_in(args, kwargs)}
     return map_tensors(
-        lambda tensor: tensor if id(tensor) in taken else interpreter.constant(tensor), out
+        lambda tensor: tensor if id(tensor) in taken else interpreter.adopt(tensor), out
     )
 
 

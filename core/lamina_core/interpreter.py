@@ -29,6 +29,7 @@ from lamina_core.wrapper import LevelTensor, box
 __all__ = ["Interpreter"]
 
 _CLASSES = LevelTensor.classes
+_STRIDED = torch.strided
 
 
 class Interpreter(Level):
@@ -144,6 +145,13 @@ class Interpreter(Level):
             f"{type(self).__name__} does not say what a constant is",
             "to fix: define constant(self, value), which wraps a value from below",
         )
+
+    def adopt(self, value: Any) -> Any:
+        """A result that depends on nothing this level transforms, for user code.
+
+        One that is not strided stays as it is: a wrapper would not show its layout.
+        """
+        return self.constant(value) if value.layout is _STRIDED else value
 
     def wrap(self, value: Any, **fields: Any) -> Any:
         """A wrapper of this level that shows the shape, dtype and device of a value from below.

@@ -146,7 +146,7 @@ def constant_outputs(interpreter: Any, known: OpFacts, args: Any, cut: Split) ->
     out = lower(interpreter, known.op, cut.args, cut.kwargs)
     if isinstance(out, Tensor) and cut.args and out is cut.args[0]:
         return args[0]
-    return map_tensors(interpreter.constant, out)
+    return map_tensors(interpreter.adopt, out)
 
 
 # The memory of a tangent need not be laid out like that of its primal.

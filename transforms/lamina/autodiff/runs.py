@@ -69,6 +69,8 @@ class ReverseRun:
             elif below is not None and type(ct) not in _CLASSES:
                 # Made inside the level below, like any result of an op there.
                 ct = below.constant(ct)
+            elif type(ct) is Tensor and ct.layout is not leaf.layout:
+                ct = ct.to_dense()  # of sparse values in between
             filled.append(ct)
         trees, start = [], 0
         for spec in self.specs:

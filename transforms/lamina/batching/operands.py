@@ -103,7 +103,7 @@ def pass_unbatched(
     out = lower(interpreter, op, tuple(values), inner)
     if values and out is values[0]:
         return args[0]
-    wrapped = map_tensors(interpreter.constant, out)
+    wrapped = map_tensors(interpreter.adopt, out)
     known = facts(op)
     is_view = known.is_view or (known.may_be_view and made_as_view(out, values[0]))
     if is_view and interpreter.is_own(args[0]):
