@@ -247,6 +247,21 @@ chunk_size of vmap is 1.5
     )
 
 
+def test_a_number_that_differs_between_chunks():
+    counts, x = iter(range(9)), torch.ones(2)
+    assert_expected_inline(
+        said(
+            StructureError, lambda: vmap(lambda x: (x, next(counts)), chunk_size=1)(torch.ones(2))
+        ),
+        """\
+an output that is no tensor differs between chunks: 0 and 1
+  to fix: return a tensor, or leave chunk_size out""",
+    )
+    out, *others = vmap(lambda x: (x, "a", float("nan"), [1, 2.0]), chunk_size=1)(x)
+    assert out.shape == (2,)
+    assert others[0] == "a"
+
+
 def test_chunk_size_is_no_bool():
     assert_expected_inline(
         said(StructureError, lambda: vmap(first, chunk_size=True)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lamina_core.errors import StructureError, message
 from lamina_core.wrapper import LevelTensor
 
 __all__ = ["Gathered"]
@@ -34,9 +35,21 @@ class Gathered:
         self.filled = 0
 
     def add(self, part: Any) -> None:
-        """Take the output of the next chunk."""
+        """Take the output of the next chunk.
+
+        Raises:
+            StructureError: If it is no tensor, and another value than for the first chunk.
+        """
         if self.dim is None or not isinstance(part, torch.Tensor):
             self.parts = self.parts or [part]
+            if not isinstance(part, torch.Tensor) and not _is_same(part, self.parts[0]):
+                raise StructureError(
+                    message(
+                        f"an output that is no tensor differs between chunks: {self.parts[0]!r} "
+                        f"and {part!r}",
+                        "to fix: return a tensor, or leave chunk_size out",
+                    )
+                )
             return
         if self.whole is None and not self.parts and _is_plain(part):
             shape = list(part.shape)
@@ -62,6 +75,13 @@ class Gathered:
         if self.dim is None or not isinstance(self.parts[0], torch.Tensor):
             return self.parts[0]
         return torch.cat(self.parts, self.dim)
+
+
+def _is_same(part: Any, first: Any) -> bool:
+    """Whether two numbers or strings are the same; of other objects nobody knows."""
+    if not isinstance(part, (int, float, complex, str)):
+        return True
+    return type(part) is type(first) and (part == first or part != part)
 
 
 def _is_plain(part: Any) -> bool:
