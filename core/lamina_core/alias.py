@@ -27,6 +27,7 @@ import torch
 
 from lamina_core.dispatch import lower, pass_down
 from lamina_core.errors import MutationError, NotDifferentiableError
+from lamina_core.exchanges import exchanges_memory, refuse_exchange
 from lamina_core.interpreter import Interpreter
 from lamina_core.level import Level
 from lamina_core.mode import mode_off
@@ -42,7 +43,7 @@ from lamina_core.torch_hooks.keys import (
     DispatchKeySet,
     ExcludeKeys,
 )
-from lamina_core.views import become_former, refresh
+from lamina_core.views import become_former, detach_in_place, refresh
 from lamina_core.wrapper import LevelTensor
 
 __all__ = [
@@ -63,8 +64,12 @@ def mutate(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dic
         MutationError: If no out-of-place counterpart is known, or a captured tensor is written to.
     """
     known = facts(op)
+    if exchanges_memory(op):
+        refuse_exchange(op, args, kwargs, interpreter.where())
     if not any(interpreter.is_own(tensor) for tensor in tensors_in(args, kwargs)):
         return pass_down(interpreter, op, args, kwargs)
+    if op is _DETACH_IN_PLACE:
+        return detach_in_place(interpreter, args[0])
     counterpart = known.functional()
     if counterpart is None:
         if op.namespace not in _TORCH_OWN:
@@ -332,6 +337,7 @@ def _write(interpreter: Interpreter, target: LevelTensor, new: LevelTensor) -> N
 
 
 _DETACH = aten.detach.default
+_DETACH_IN_PLACE = aten.detach_.default
 
 
 def _with_derivative_of(target: LevelTensor, new: LevelTensor, *, tangents: bool) -> Any:

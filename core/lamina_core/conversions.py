@@ -47,10 +47,18 @@ def _numpy(self: Any, *, force: bool = False) -> Any:
     return _plain(self, "the NumPy array", _BY_ARRAY).numpy(force=force)
 
 
-def _array(self: Any, dtype: Any = None) -> Any:
-    """What NumPy functions ask for."""
+def _array(self: Any, dtype: Any = None, *, copy: bool | None = None) -> Any:
+    """What NumPy functions ask for; from NumPy 2 on they say whether it has to be a copy.
+
+    Raises:
+        ValueError: If it must not be one and has to.
+    """
     array = _plain(self, "the NumPy array", _BY_ARRAY).numpy()
-    return array if dtype is None else array.astype(dtype, copy=False)
+    if dtype is None or array.dtype == dtype:
+        return array.copy() if copy else array
+    if copy is False:
+        raise ValueError(f"unable to avoid a copy of an array of {array.dtype} as {dtype}")
+    return array.astype(dtype)
 
 
 def _tolist(self: Any) -> Any:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from lamina_core import answers as _answers  # noqa: F401 - what wrappers say of themselves
 from lamina_core import conversions as _conversions  # noqa: F401 - and what leaves them for Python
-from lamina_core.dispatch import watched
+from lamina_core.dispatch import pass_down, watched
 from lamina_core.errors import RuleError
+from lamina_core.exchanges import exchanges_memory, refuse_exchange
 from lamina_core.interpreter import Interpreter
 from lamina_core.refusals import told
 from lamina_core.views import refresh_all
@@ -53,7 +54,8 @@ class HandlerInterpreter(Interpreter):
         """
         handler = self.handlers.get(id(op))
         if handler is None:
-            handler = self.handlers[id(op)] = self.resolve(op)
+            found = _exchange if exchanges_memory(op) else self.resolve(op)
+            handler = self.handlers[id(op)] = found
         try:
             if self.mutated:
                 refresh_all(self, args, kwargs)
@@ -65,3 +67,8 @@ class HandlerInterpreter(Interpreter):
             if own is error:
                 raise
             raise own from None
+
+
+def _exchange(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    refuse_exchange(op, args, kwargs, interpreter.where())
+    return pass_down(interpreter, op, args, kwargs)

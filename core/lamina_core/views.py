@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lamina_core.errors import MutationError
 from lamina_core.level import Level
 from lamina_core.overloads import aten
 from lamina_core.recipe import ViewRecipe
@@ -20,6 +21,7 @@ from lamina_core.wrapper import LevelTensor
 
 __all__ = [
     "become_former",
+    "detach_in_place",
     "handed_out",
     "record_views",
     "refresh",
@@ -74,6 +76,27 @@ def become_former(interpreter: Level, tensor: LevelTensor) -> LevelTensor:
     tensor.reshaped = tensor.version
     tensor.former = former
     return former
+
+
+def detach_in_place(interpreter: Level, tensor: LevelTensor) -> LevelTensor:
+    """`x.detach_()`: the same value, which is a constant from now on. Views keep what they have.
+
+    Raises:
+        MutationError: If it is a view, which PyTorch refuses as well.
+    """
+    if tensor.recipe is not None:
+        raise interpreter.error(
+            MutationError,
+            "aten.detach_.default is called on a view",
+            f"it has shape {list(tensor.shape)}",
+            "to fix: use x.detach(), which is another tensor",
+        )
+    # Under `no_grad` a rebinding would leave what reverse mode knows.
+    with derivatives_on(interpreter):
+        with run_at(interpreter):
+            constant: Any = tensor.detach()
+        interpreter.rebind(tensor, constant)
+    return tensor
 
 
 def _replay(interpreter: Level, view: LevelTensor, recipe: ViewRecipe) -> None:

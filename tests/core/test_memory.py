@@ -188,3 +188,78 @@ def test_data_of_a_tensor_made_inside():
     torch.testing.assert_close(vmap(f)(X), 3 * X.sum(1) + 3)
     with pytest.raises(MutationError, match="another shape or dtype"):
         grad(lambda x: (setattr(x * 2, "data", torch.ones(2)), x.sum())[1])(X[0])
+
+
+# Gives tensors of a transform other memory, and other tensors theirs. Prints what is not refused.
+EXCHANGES = """
+import torch
+from lamina import grad, hessian, jvp, linearize, vmap
+from lamina_core.errors import MutationError
+
+X = torch.tensor([[0.3, 1.1, -0.7], [0.2, 0.5, 0.9]])
+P, aten = torch.ones(3), torch.ops.aten
+STORAGE = torch.ones(3).untyped_storage()
+CALLS = [
+    lambda x: x.set_(),
+    lambda x: x.set_(STORAGE),
+    lambda x: x.set_(STORAGE, 0, (3,)),
+    lambda x: x.set_(STORAGE, 0, (3,), (1,)),
+    lambda x: x.set_(P),
+    lambda x: x.set_(P, 0, (3,), (1,)),
+    lambda x: x.set_(x * 2),
+    lambda x: torch.ones(3).set_(STORAGE),
+    lambda x: torch.ones(3).set_(torch.ones(3).untyped_storage(), 0, (3,)) * x,
+    lambda x: torch.ones(3).set_(P) * x,
+    lambda x: torch.ones(3).set_(x),
+    lambda x: P.set_(x),
+    lambda x: P.set_(x.untyped_storage()),
+    lambda x: P.set_(torch.ones(3).untyped_storage(), 0, (3,)) * x,
+    lambda x: aten.set.default(x),
+    lambda x: aten.set.source_Storage(x, STORAGE),
+    lambda x: aten.set.source_Storage_storage_offset(x, STORAGE, 0, [3], [1]),
+    lambda x: aten.set.source_Storage_out(x, STORAGE, out=torch.empty(3)),
+    lambda x: aten.set.source_Tensor(P, x),
+    lambda x: torch.ops.inductor.resize_storage_bytes_.default(x, 0),
+]
+KINDS = {
+    "vmap": lambda f: vmap(f)(X.clone()),
+    "grad": lambda f: grad(lambda x: f(x).sum())(X[0].clone()),
+    "jvp": lambda f: jvp(f, (X[0].clone(),), (X[0],)),
+    "linearize": lambda f: linearize(f, X[0].clone()),
+    "vmap(grad)": lambda f: vmap(grad(lambda x: f(x).sum()))(X.clone()),
+    "hessian": lambda f: hessian(lambda x: f(x).sum())(X[0].clone()),
+}
+for name, run in KINDS.items():
+    for at, call in enumerate(CALLS):
+        try:
+            run(call)
+        except MutationError as error:
+            assert "exchanges the memory of a tensor" in str(error)
+        else:
+            print(name, at)
+assert P.tolist() == [1.0] * 3 and P.set_(STORAGE).numel() == 3
+"""
+
+
+def test_memory_is_not_exchanged():
+    run = subprocess.run(
+        [sys.executable, "-c", EXCHANGES],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_a_captured_tensor_takes_the_memory_of_another():
+    source = torch.full((3,), 2.0)
+
+    def f(x):
+        p.set_(source)
+        return p * x
+
+    for name in UNDER:
+        p = torch.ones(3)
+        UNDER[name](f)
+        assert p.data_ptr() == source.data_ptr()
