@@ -54,6 +54,24 @@ def test_values_that_are_one_for_all():
     assert float(grad(function)(X[0])) == 2.0
 
 
+def test_what_numpy_asks_for():
+    def function(x):
+        made = torch.arange(3.0)
+        array = np.array(made)
+        array += 1
+        assert made.tolist() == [0.0, 1.0, 2.0]
+        assert np.array(made, dtype="int32").dtype == np.int32
+        assert np.asarray(made, dtype="float64").tolist() == made.tolist()
+        assert made.__array__(copy=False).base is not None
+        assert np.stack([made, made]).shape == np.array([made, made]).shape == (2, 3)
+        with pytest.raises(ValueError, match="copy"):
+            made.__array__(np.float64, copy=False)
+        return x * 2
+
+    assert torch.equal(vmap(function)(X), 2 * X)
+    assert float(grad(function)(X[0])) == 2.0
+
+
 def test_the_number_of_a_tensor_that_is_differentiated():
     def function(x):
         assert f"{x * x:.2f}" == "1.00"
