@@ -34,8 +34,11 @@ def admitting(known: OpFacts, handle: Handler) -> Handler:
     """A handler that refuses what the op refuses, made of one that might answer it.
 
     Left out are ops without a rank to keep: the rule of a view speaks of logical dims only, and an
-    elementwise op takes any. The error of the handler itself goes first, for it says more.
+    elementwise op takes any; and ops of users, which may do more than they return. The error of the
+    handler itself goes first, for it says more.
     """
+    if known.op.namespace != "aten":
+        return handle
     if known.is_view or known.is_pointwise or known.op in _VIEWS_IN_EFFECT:
         return handle
     taken: set[Any] = set()
