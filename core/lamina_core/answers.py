@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lamina_core.errors import MutationError, NotDifferentiableError, message
+from lamina_core.scopes import run_at
 from lamina_core.torch_hooks.memory import exchange, guard_memory, making_a_parameter
 from lamina_core.views import become_former, refresh_levels
 from lamina_core.wrapper import LevelTensor, strip_dead
@@ -88,6 +89,9 @@ def requires_grad_(self: Any, requires_grad: bool = True) -> Any:
         NotDifferentiableError: If it would change anything.
     """
     if self.requires_grad == requires_grad:
+        return self
+    if self.claims_grad and not requires_grad:
+        self.claims_grad = None if followed_by(self) is None else False
         return self
     if requires_grad and making_a_parameter(sys._getframe(1)):
         # It says that it does, as code that makes modules inside a transform expects. Who asks for
@@ -192,6 +196,47 @@ def _plain_of_constant(tensor: Any, what: str) -> Any:
     return inner
 
 
+def _copy(self: Any) -> Any:
+    """`copy.copy`: a leaf in the same memory, as in PyTorch."""
+    return _as_leaf(self, self.detach())
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`: a leaf of its own, at the same level; levels themselves are never copied.
+
+    Raises:
+        NotDifferentiableError: If the tensor is no leaf, as in PyTorch.
+    """
+    if id(self) not in memo:
+        if not self.is_leaf:
+            raise NotDifferentiableError(
+                message(
+                    f"deepcopy of {self!r}, which was computed from what is differentiated",
+                    self.interpreter.where(),
+                    "to fix: use clone(), which keeps the derivative, or detach().clone()",
+                )
+            )
+        memo[id(self)] = _as_leaf(self, self.detach().clone())
+    return memo[id(self)]
+
+
+def _as_leaf(original: Any, leaf: Any) -> Any:
+    if original.requires_grad:
+        leaf.claims_grad = True
+    return leaf
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """For pickle and `torch.save`: a constant is written as the plain tensor that it is."""
+    plain = strip_dead(self)
+    while type(plain) in _CLASSES:
+        if not plain.interpreter.is_constant(plain):
+            raise self._without_memory()
+        plain = strip_dead(plain.value)
+    with run_at(None):
+        return plain.__reduce_ex__(protocol)
+
+
 def _each_element(self: Any, *args: Any) -> Any:
     """Refused: a Python function would be called on memory that is not there."""
     raise self._without_memory()
@@ -200,6 +245,9 @@ def _each_element(self: Any, *args: Any) -> Any:
 guard_memory(lambda tensor: type(tensor) in _CLASSES, _plain_of_constant)
 
 _Tensor: Any = LevelTensor
+_Tensor.__copy__ = _copy
+_Tensor.__deepcopy__ = _deepcopy
+_Tensor.__reduce_ex__ = _reduce
 _Tensor.data = property(_get_data, _set_data)
 for _name in ("apply_", "map_", "map2_"):
     setattr(_Tensor, _name, _each_element)

@@ -161,12 +161,6 @@ class LevelTensor(torch.Tensor, metaclass=_Kind):
             )
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy at the same level; levels themselves are never copied."""
-        if id(self) not in memo:
-            memo[id(self)] = self.clone()
-        return memo[id(self)]
-
     def dead_value(self) -> Any:
         """What stands for this wrapper once its interpreter has been popped.
 
