@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lamina_core.dispatch import lower
+from lamina_core.dispatch import lower, native
 from lamina_core.outer import BELOW_AUTOGRAD
 from lamina_core.overloads import aten
 from lamina_core.schema import facts
@@ -117,7 +117,8 @@ class Home:
             if known.is_random:
                 out = lower(self.interpreter, op, values, inner)
             else:
-                out = op(*values, **inner)
+                # Among wrappers a formula may meet plain tensors that the user's autograd follows.
+                out = native(op, values, inner)
             if known.mutated:
                 return args[0]
             return self.wrap_all(out)
