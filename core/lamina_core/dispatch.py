@@ -29,10 +29,12 @@ from lamina_core.torch_hooks.autograd import forward_ad, functorch_depth
 from lamina_core.wrapper import LevelTensor, highest_interpreter, made_as_view, strip_dead
 
 __all__ = [
+    "INSTEAD",
     "call_first",
     "call_one",
     "call_two",
     "copied",
+    "followed",
     "is_followed",
     "lower",
     "native",
@@ -60,11 +62,13 @@ def native(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outer.sees_all or facts(op).mutated or any(needs_guard(tensor) for tensor in tensors)
     ):
         with outer.guard():
-            return copied(*args, **kwargs) if op is _COPY else op(*args, **kwargs)
+            return INSTEAD.get(id(op), op)(*args, **kwargs)
     return op(*args, **kwargs)
 
 
-_COPY = torch.ops.aten.copy.default
+def followed(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an op of a rule that may have to be another one for the user's autograd."""
+    return INSTEAD.get(id(op), op)(*args, **kwargs)
 
 
 def copied(x: Any, src: Any, non_blocking: bool = False) -> Any:
@@ -76,7 +80,18 @@ def copied(x: Any, src: Any, non_blocking: bool = False) -> Any:
     if not (needs_guard(src) or needs_guard(x)):
         return _COPY(x, src, non_blocking)
     src = src.to(device=x.device, dtype=x.dtype, non_blocking=non_blocking).expand(x.shape)
-    return torch.slice_scatter(x, src) if x.dim() else src.clone()
+    return followed(torch.ops.aten.slice_scatter.default, x, src) if x.dim() else src.clone()
+
+
+_COPY = torch.ops.aten.copy.default
+
+# What is run in place of an op that PyTorch has no derivative for, or not the whole of it, where
+# the user's own autograd is to follow: transforms that know better add to it. Each looks whether it
+# is to, and else calls the op.
+INSTEAD: dict[int, Any] = {
+    id(_COPY): copied,
+    id(torch.ops.aten.zero.default): torch.zeros_like,
+}
 
 
 def call_one(op: Any, call: Any, value: Any) -> Any:

@@ -74,15 +74,9 @@ _INSTEAD: dict[Any, Any] = {
     aten.rrelu_with_noise_functional.default: _rrelu,
 }
 
-# Forward formulas that are not to be trusted: they read an LU factorisation, or the statistics of a
-# batch, as constants, which is wrong at second order.
-_NO_FORWARD = frozenset(
-    (
-        aten._batch_norm_with_update.default,
-        aten._batch_norm_with_update_functional.default,
-        aten._linalg_slogdet.default,
-    )
-)
+# Forward formulas that are not to be trusted: they read an LU factorisation as a constant, which is
+# wrong at second order.
+_NO_FORWARD = frozenset((aten._linalg_slogdet.default,))
 
 
 def _wrap_operands(home: Home, known: OpFacts, needs: Any, args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -410,7 +411,9 @@ def _by_two_vjps(interpreter: Any, known: OpFacts, tangents: Any, args: Any, kwa
     ]
     with run_at(interpreter.below), ReverseInterpreter("jvp by two vjps") as inner:
         cts = [None if zero is None else inner.leaf(zero) for zero in zeros]
-        with mode_off():  # a pullback is rule code, although the level has just been entered
+        # A pullback is rule code, although the level has just been entered. But what it does to
+        # plain tensors alone, the level takes from the user's autograd unless it sees it.
+        with nullcontext() if interpreter.watch else mode_off():
             pulled = pullback(residuals, needs, *cts)
     positions, seeds = [], []
     for x_ct, tangent in zip(pulled, tangents, strict=True):

@@ -137,9 +137,14 @@ def _value(tensor: Any) -> Any:
     """The value of a leaf, with memory: C++ stands for a zero tangent by a tensor without any.
 
     Kernels read that memory, as the dispatch key that warns of it is off in handlers.
+    A lazy conjugate that the user's autograd follows is worked out while that sees it: in an op
+    with wrappers C++ would do so.
     """
     if type(tensor) is LeafTensor:
-        return tensor.value
+        value = tensor.value
+        if value.requires_grad and (value.is_conj() or value.is_neg()):
+            value = native(aten.clone.default, (value,), {})
+        return value
     if tensor._is_zerotensor():
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     return tensor

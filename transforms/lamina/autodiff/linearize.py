@@ -12,6 +12,7 @@ from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.record import RecordInterpreter
 from lamina.autodiff.runs import run_forward, unshared
 from lamina_core import pytree
+from lamina_core.wrapper import strip_dead
 
 __all__ = ["linearize"]
 
@@ -66,6 +67,10 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **
         level = ForwardInterpreter("linearize")
         run = run_forward(level, func, leaves, spec, tangents, kwargs, has_aux)
         program = recorder.program(run.tangents)
+    # What the user's autograd follows beside tangents is lifted to the level that has just ended.
+    run.values = [strip_dead(value) for value in run.values]
+    run.aux = pytree.tree_map(strip_dead, run.aux)
+    run.written = [(original, strip_dead(value)) for original, value in run.written]
     for original, _ in run.written:
         program.move(original)
     run.write_back()

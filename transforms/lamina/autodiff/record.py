@@ -52,7 +52,9 @@ class RecordedTensor(LevelTensor):
     slot: Any
 
     def dead_value(self) -> Any:
-        """Refused: see NOTE [Nothing hides from the program]."""
+        """Refused: see NOTE [Nothing hides from the program]. A constant stands for its value."""
+        if self.slot is None:
+            return self.value
         raise EscapedTensorError(
             message(
                 f"a tangent of shape {list(self.shape)} is used after its transform has returned",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import decomposition, jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.outside import whole, whole_in
 from lamina.autodiff.rules.matmul import conj
 from lamina.autodiff.rules.norm import (
     _as,
@@ -22,6 +23,7 @@ from lamina.autodiff.rules.norm import (
     _statistics_t,
 )
 from lamina.autodiff.rules.norm_backward import _each_as, _second
+from lamina_core.dispatch import followed
 from lamina_core.half import widened
 from lamina_core.overloads import aten
 
@@ -32,6 +34,7 @@ def _over_channels(x: Any) -> tuple[list[int], list[int]]:
     return [1, -1] + [1] * (rank - 2), [0, *range(2, rank)]
 
 
+@whole(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
 @vjp_rule(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
 def native_batch_norm_rule(
     needs: Any,
@@ -45,8 +48,9 @@ def native_batch_norm_rule(
     eps: float,
 ) -> Any:
     """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C] (empty in evaluation)."""
-    outs = aten.native_batch_norm.default(
-        x, weight, bias, running_mean, running_var, training, momentum, eps
+    outs = followed(
+        aten.native_batch_norm.default,
+        *(x, weight, bias, running_mean, running_var, training, momentum, eps),
     )
     # The running statistics are only read in evaluation; in training they have just been written.
     fixed = (None, None) if training else (running_mean, running_var)
@@ -58,8 +62,9 @@ def _batch_norm_pullback(residuals: Any, needs: Any, ct: Any, mean_ct: Any, rstd
     x, weight, running_mean, running_var, mean, rstd, training, eps = residuals
     cts = (None, None, None)
     if ct is not None:
-        cts = aten.native_batch_norm_backward.default(
-            ct, x, weight, running_mean, running_var, mean, rstd, training, eps, list(needs[:3])
+        statistics = (running_mean, running_var, mean, rstd, training, eps)
+        cts = followed(
+            aten.native_batch_norm_backward.default, ct, x, weight, *statistics, list(needs[:3])
         )
     if training and needs[0] and (mean_ct is not None or rstd_ct is not None):
         shape, dims = _over_channels(x)
@@ -87,8 +92,9 @@ def native_batch_norm_jvp(
 ) -> Any:
     """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C] (empty in evaluation)."""
     x_t, weight_t, bias_t, *_ = tangents
-    outs = aten.native_batch_norm.default(
-        x, weight, bias, running_mean, running_var, training, momentum, eps
+    outs = followed(
+        aten.native_batch_norm.default,
+        *(x, weight, bias, running_mean, running_var, training, momentum, eps),
     )
     if x_t is None and weight_t is None and bias_t is None:
         return outs, (None, None, None)
@@ -104,6 +110,7 @@ def native_batch_norm_jvp(
     return outs, (_as(out_t, x), mean_t, rstd_t)
 
 
+@whole(aten.native_batch_norm_backward.default)
 @vjp_rule(aten.native_batch_norm_backward.default)
 def native_batch_norm_backward_rule(
     needs: Any,
@@ -120,8 +127,9 @@ def native_batch_norm_backward_rule(
 ) -> Any:
     """ct, x, weight and statistics -> x_ct, weight_ct, bias_ct."""
     statistics = (running_mean, running_var, save_mean, save_invstd)
-    out = aten.native_batch_norm_backward.default(
-        ct, x, weight, *statistics, train, eps, output_mask
+    out = followed(
+        aten.native_batch_norm_backward.default,
+        *(ct, x, weight, *statistics, train, eps, output_mask),
     )
     residuals = (ct, x, weight, *statistics, train, eps)
     return out, residuals, _native_batch_norm_backward_pullback
@@ -187,6 +195,70 @@ def cudnn_batch_norm_backward(
     return batch_norm_backward(
         grad_output, input, weight, *statistics, True, epsilon, [True, True, True], reserveSpace
     )
+
+
+# -- the same under other names --------------------------------------------------------------------
+
+
+def _native(*args: Any) -> Any:
+    return followed(aten.native_batch_norm.default, *args)
+
+
+@whole_in(aten._native_batch_norm_legit.no_stats)
+@decomposition(aten._native_batch_norm_legit.no_stats)
+def batch_norm_without_statistics(
+    x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    """[N, C, *S], twice [C] -> [N, C, *S], mean [C], rstd [C]."""
+    return _native(x, weight, bias, None, None, training, momentum, eps)
+
+
+@whole_in(aten._native_batch_norm_legit_no_training.default)
+@decomposition(aten._native_batch_norm_legit_no_training.default)
+def batch_norm_in_evaluation(x: Any, *parameters_and_momentum: Any) -> Any:
+    """[N, C, *S], 4 times [C] -> [N, C, *S], and two empty tensors."""
+    *parameters, momentum, eps = parameters_and_momentum
+    return _native(x, *parameters, False, momentum, eps)
+
+
+@whole_in(aten._native_batch_norm_legit_functional.default)
+@decomposition(aten._native_batch_norm_legit_functional.default)
+def batch_norm_functional(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    """[N, C, *S], 4 times [C] -> as `native_batch_norm`, and the new running statistics."""
+    new = (mean.clone(), var.clone())
+    return *_native(x, weight, bias, *new, training, momentum, eps), *new
+
+
+def _reserved(x: Any) -> Any:
+    """What a backend keeps for its backward, which is not used here."""
+    return x.new_empty([0], dtype=torch.uint8)
+
+
+@whole_in(aten._batch_norm_no_update.default)
+@decomposition(aten._batch_norm_no_update.default)
+def batch_norm_no_update(x: Any, *rest: Any) -> Any:
+    """[N, C, *S], 4 times [C] -> [N, C, *S], two empty tensors and the reserve."""
+    return *batch_norm_in_evaluation(x, *rest), _reserved(x)
+
+
+@whole_in(aten._batch_norm_with_update.default)
+@decomposition(aten._batch_norm_with_update.default)
+def batch_norm_with_update(x: Any, *parameters_and_momentum: Any) -> Any:
+    """[N, C, *S], 4 times [C] -> [N, C, *S], mean [C], rstd [C], and the reserve."""
+    *parameters, momentum, eps = parameters_and_momentum
+    return *_native(x, *parameters, True, momentum, eps), _reserved(x)
+
+
+@whole_in(aten._batch_norm_with_update_functional.default)
+@decomposition(aten._batch_norm_with_update_functional.default)
+def batch_norm_with_update_functional(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Any:
+    """[N, C, *S], 4 times [C] -> as `_batch_norm_with_update`, and the new running statistics."""
+    new = (mean.clone(), var.clone())
+    return *batch_norm_with_update(x, weight, bias, *new, momentum, eps), *new
 
 
 # -- RMS norm --------------------------------------------------------------------------------------

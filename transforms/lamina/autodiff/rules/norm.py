@@ -7,17 +7,18 @@ taken over some dims, and an affine map.
 The `*_backward` ops take mean and rstd as operands, and the rules here differentiate them as such,
 while the rule of the forward op pulls the cotangents of mean and rstd back to x. Each rule is then
 a plain partial derivative, and derivatives of every order come out exact; the rules of the
-`*_backward` ops are in `norm_backward.py`.
+`*_backward` ops are in `norm_backward.py`. PyTorch's formulas take the statistics for functions of
+x that need no cotangent: the user's autograd is therefore given ours (`lamina.autodiff.outside`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lamina.autodiff.declare import jvp_rule, vjp_rule
+from lamina.autodiff.outside import whole
 from lamina.autodiff.shapes import asked_outside
+from lamina_core.dispatch import followed
 from lamina_core.overloads import aten
 
 # -- what the families share -----------------------------------------------------------------------
@@ -99,12 +100,13 @@ def layer_norm_rule(
     return out, residuals, _layer_norm_pullback
 
 
+@whole(aten.native_layer_norm.default)
 @vjp_rule(aten.native_layer_norm.default)
 def native_layer_norm_rule(
     needs: Any, x: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float
 ) -> Any:
     """[*B, *S], S, [*S], [*S] -> [*B, *S], mean [*B, *1], rstd [*B, *1]."""
-    outs = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    outs = followed(aten.native_layer_norm.default, x, normalized_shape, weight, bias, eps)
     residuals = (x, normalized_shape, outs[1], outs[2], weight, bias)
     return outs, residuals, _layer_norm_pullback
 
@@ -115,8 +117,9 @@ def _layer_norm_pullback(
     x, shape, mean, rstd, weight, bias = residuals
     cts = (None, None, None)
     if ct is not None:
-        cts = aten.native_layer_norm_backward.default(
-            ct, x, shape, mean, rstd, weight, bias, list(needs)
+        cts = followed(
+            aten.native_layer_norm_backward.default,
+            *(ct, x, shape, mean, rstd, weight, bias, list(needs)),
         )
     if needs[0] and (mean_ct is not None or rstd_ct is not None):
         term = _of_statistics(x, mean, rstd, mean_ct, rstd_ct, _last(x, shape))
@@ -126,13 +129,14 @@ def _layer_norm_pullback(
 
 def _layer_norm_jvp(tangents: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     x_t, weight_t, bias_t = tangents
-    outs = torch.native_layer_norm(x, shape, weight, bias, eps)
+    outs = followed(aten.native_layer_norm.default, x, shape, weight, bias, eps)
     _, mean, rstd = outs
     xhat_t = xhat = None
     if x_t is not None:
         # The Jacobian of x -> xhat is symmetric, so its pullback pushes tangents as well. Without a
         # weight to tell it by, the kernel takes statistics of the dtype of x alone.
-        xhat_t = aten.native_layer_norm_backward.default(
+        xhat_t = followed(
+            aten.native_layer_norm_backward.default,
             *(_as(value, mean) for value in (x_t, x)),
             shape,
             mean,

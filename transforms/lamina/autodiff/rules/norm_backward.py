@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.outside import whole
 from lamina.autodiff.rules.norm import _as, _Groups, _last, _plus, _shaped
+from lamina_core.dispatch import followed
 from lamina_core.overloads import aten
 
 
@@ -124,6 +126,7 @@ def _like(tangents: Any, outs: Any) -> tuple[Any, ...]:
 # -- layer norm ------------------------------------------------------------------------------------
 
 
+@whole(aten.native_layer_norm_backward.default)
 @vjp_rule(aten.native_layer_norm_backward.default)
 def native_layer_norm_backward_rule(
     needs: Any,
@@ -137,8 +140,9 @@ def native_layer_norm_backward_rule(
     output_mask: Any,
 ) -> Any:
     """ct, x, mean, rstd, weight, bias -> x_ct, weight_ct, bias_ct."""
-    out = aten.native_layer_norm_backward.default(
-        ct, x, normalized_shape, mean, rstd, weight, bias, output_mask
+    out = followed(
+        aten.native_layer_norm_backward.default,
+        *(ct, x, normalized_shape, mean, rstd, weight, bias, output_mask),
     )
     residuals = (ct, x, mean, rstd, weight, _last(x, normalized_shape))
     return out, residuals, _native_layer_norm_backward_pullback
@@ -163,8 +167,9 @@ def native_layer_norm_backward_jvp(
     output_mask: Any,
 ) -> Any:
     """ct, x, mean, rstd, weight, bias -> x_ct, weight_ct, bias_ct."""
-    outs = aten.native_layer_norm_backward.default(
-        ct, x, normalized_shape, mean, rstd, weight, bias, output_mask
+    outs = followed(
+        aten.native_layer_norm_backward.default,
+        *(ct, x, normalized_shape, mean, rstd, weight, bias, output_mask),
     )
     given = (ct, x, mean, rstd, weight)
     dims = _last(x, normalized_shape)

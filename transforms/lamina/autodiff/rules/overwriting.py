@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from lamina.autodiff.declare import jvp_rule, unbroadcast, vjp_rule
+from lamina.autodiff.outside import whole
 from lamina.autodiff.shapes import in_dtype
-from lamina_core.dispatch import copied
+from lamina_core.dispatch import copied, followed
 from lamina_core.overloads import aten
 
 where = torch.where
@@ -18,13 +19,20 @@ where = torch.where
 # -- regions ---------------------------------------------------------------------------------------
 
 
+def _is_complex(args):
+    """Whether PyTorch refuses to differentiate: of complex values it has not been asked for all."""
+    return any(arg.is_complex() for arg in args[:2])
+
+
 def _register_region(op, view):
     """Rules of `op(x, src, *where)`, which overwrites what `view(x, *where)` looks at."""
 
+    @whole(op, when=_is_complex)
     @vjp_rule(op)
     def region_vjp(needs, x, src, *args, **kwargs):
         """[*S], [*view of S] -> [*S]"""
-        return op(x, src, *args, **kwargs), (op, view, src.dtype, args, kwargs), _region_pullback
+        out = followed(op, x, src, *args, **kwargs)
+        return out, (op, view, src.dtype, args, kwargs), _region_pullback
 
     @jvp_rule(op)
     def region_jvp(tangents, x, src, *args, **kwargs):
@@ -32,7 +40,8 @@ def _register_region(op, view):
         x_t, src_t = tangents
         x_t = torch.zeros_like(x) if x_t is None else x_t
         src_t = torch.zeros_like(src) if src_t is None else src_t
-        return op(x, src, *args, **kwargs), op(x_t, src_t, *args, **kwargs)
+        out = followed(op, x, src, *args, **kwargs)
+        return out, followed(op, x_t, src_t, *args, **kwargs)
 
 
 def _region_pullback(residuals, needs, ct):
@@ -40,7 +49,9 @@ def _region_pullback(residuals, needs, ct):
     if ct is None:
         return None, None
     region = view(ct, *args, **kwargs)
-    x_ct = op(ct, torch.zeros_like(region), *args, **kwargs) if needs[0] else None
+    x_ct = None
+    if needs[0]:
+        x_ct = followed(op, ct, torch.zeros_like(region), *args, **kwargs)
     return x_ct, in_dtype(region, dtype) if needs[1] else None
 
 

@@ -252,7 +252,7 @@ pointwise(
     lambda t, y, out: t * (y / out),
 )
 pointwise(  # 2**y of an integer y would be an integer
-    aten.ldexp.Tensor, lambda t, y: torch.ldexp(t, y), lambda t, out: t * (out * _LN2)
+    aten.ldexp.Tensor, lambda t, y: _times_power(t, y), lambda t, out: t * (out * _LN2)
 )
 pointwise(
     aten.logaddexp.default,
@@ -391,6 +391,11 @@ for _op, _name in (
 # -- frexp -----------------------------------------------------------------------------------------
 
 
+def _times_power(t, exponent):
+    """`ldexp` as a product: of an integer exponent below 0, PyTorch's own derivative is 0."""
+    return t * torch.ldexp(torch.ones_like(t), exponent)
+
+
 @vjp_rule(aten.frexp.Tensor)
 def frexp_vjp(needs, x):
     """[*S] -> mantissa [*S], exponent [*S]; PyTorch's power of 2 is of single precision."""
@@ -399,14 +404,14 @@ def frexp_vjp(needs, x):
 
 
 def _frexp_pullback(residuals, needs, ct, exponent_ct=None):
-    return (None if ct is None else torch.ldexp(ct, -residuals[0]),)
+    return (None if ct is None else _times_power(ct, -residuals[0]),)
 
 
 @jvp_rule(aten.frexp.Tensor)
 def frexp_jvp(tangents, x):
     """[*S] -> mantissa [*S], exponent [*S]"""
     outs = tuple(torch.frexp(x))
-    return outs, (torch.ldexp(tangents[0], -outs[1]), None)
+    return outs, (_times_power(tangents[0], -outs[1]), None)
 
 
 # -- sgn: not holomorphic --------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from lamina.batching.dims import batch_first, fold, logical_shape, unfold
 from lamina.batching.rules.norm import affine, statistics_dtype
 from lamina.batching.table import batching_rule, decomposition
+from lamina_core.dispatch import followed
 from lamina_core.half import widened
 from lamina_core.overloads import aten
 
@@ -147,16 +148,18 @@ def _batch_norm(
     rest = (training, momentum, eps)
     parameters = list(zip((weight, bias, mean, var), in_dims[1:5], strict=True))
     if all(d is None for _, d in parameters) and not training:
-        outs = aten.native_batch_norm(fold(x, x_bdim, 0, size), weight, bias, mean, var, *rest)
+        given = (fold(x, x_bdim, 0, size), weight, bias, mean, var, *rest)
+        outs = followed(aten.native_batch_norm.default, *given)
         return (unfold(outs[0], 0, size), *outs[1:]), (0, None, None)
     if x_bdim is None and all(d is None for _, d in parameters[2:]):
         wide = [widened(v) for v in (mean, var)]
-        out, *saved = aten.native_batch_norm(widened(x), None, None, *wide, *rest)
+        given = (widened(x), None, None, *wide, *rest)
+        out, *saved = followed(aten.native_batch_norm.default, *given)
         out, out_bdim = affine(out, None, *parameters[:2], x.dtype)
         dtype = statistics_dtype(x, weight, bias, mean)
         return (out, *[stat.to(dtype) for stat in saved]), (out_bdim, None, None)
     folded = [None if v is None else fold(v, d, 0, size) for v, d in parameters]
-    outs = aten.native_batch_norm(fold(x, x_bdim, 1, size), *folded, *rest)
+    outs = followed(aten.native_batch_norm.default, fold(x, x_bdim, 1, size), *folded, *rest)
     if not training:
         return (unfold(outs[0], 1, size), *outs[1:]), (1, None, None)
     return tuple(unfold(out, at, size) for out, at in zip(outs, (1, 0, 0), strict=True)), (1, 0, 0)
@@ -182,7 +185,8 @@ def native_batch_norm_backward(
     ct, x = (fold(v, d, 1, size) for v, d in zip((ct, x), in_dims[:2], strict=True))
     stats = zip((weight, mean, var, save_mean, save_rstd), in_dims[2:7], strict=True)
     folded = [None if v is None else fold(v, d, 0, size) for v, d in stats]
-    outs = aten.native_batch_norm_backward(ct, x, *folded, train, eps, output_mask)
+    given = (ct, x, *folded, train, eps, output_mask)
+    outs = followed(aten.native_batch_norm_backward.default, *given)
     kept = [out if wanted else None for out, wanted in zip(outs, output_mask, strict=True)]
     return tuple(
         None if out is None else unfold(out, at, size)

@@ -25,6 +25,7 @@ from lamina.batching.dims import (
     unfold,
 )
 from lamina.batching.table import batching_rule, decomposition
+from lamina_core.dispatch import followed
 from lamina_core.half import HALF, widened
 from lamina_core.overloads import aten
 
@@ -222,8 +223,10 @@ def native_layer_norm(
     w_bdim, b_bdim = in_dims[2:4]
     x, x_bdim = leading_dims(x, in_dims[0], len(normalized_shape))
     if w_bdim is None and b_bdim is None:
-        return aten.native_layer_norm(x, normalized_shape, weight, bias, eps), (x_bdim,) * 3
-    out, *stats = aten.native_layer_norm(widened(x), normalized_shape, None, None, eps)
+        outs = followed(aten.native_layer_norm.default, x, normalized_shape, weight, bias, eps)
+        return outs, (x_bdim,) * 3
+    given = (widened(x), normalized_shape, None, None, eps)
+    out, *stats = followed(aten.native_layer_norm.default, *given)
     out, to = _scale(out, x_bdim, (weight, w_bdim), (bias, b_bdim), x.dtype)
     dtype = statistics_dtype(x, weight, bias)
     return (out, *[stat.to(dtype) for stat in stats]), (to, x_bdim, x_bdim)
@@ -258,8 +261,9 @@ def native_layer_norm_backward(
         if w_bdim is not None:
             given, inner = wide, None
             given = (_scale(given[0], 0, (weight, w_bdim), (None, None))[0], *given[1:])
-        x_ct = aten.native_layer_norm_backward(
-            *given[:2], normalized_shape, *given[2:], inner, None, [True, False, False]
+        x_ct = followed(
+            aten.native_layer_norm_backward.default,
+            *(*given[:2], normalized_shape, *given[2:], inner, None, [True, False, False]),
         )[0].to(x.dtype)
     leading = list(range(1, x.dim() - count))
     if output_mask[1] and weight is not None:

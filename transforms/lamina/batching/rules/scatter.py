@@ -28,6 +28,7 @@ from lamina.batching.dims import (
     pad_rank,
 )
 from lamina.batching.table import batching_rule
+from lamina_core.dispatch import followed
 from lamina_core.errors import DataDependentError
 from lamina_core.overloads import aten
 
@@ -53,7 +54,8 @@ def diagonal_scatter(
 def select_scatter(info: Any, in_dims: Any, x: Any, src: Any, dim: int, index: int) -> Any:
     """[B, *S], [B, *S without dim] -> [B, *S]"""
     x, src = _both(info, in_dims, x, src)
-    return aten.select_scatter(x, src, behind_batch(dim, logical_rank(x, 0)), index), 0
+    at = behind_batch(dim, logical_rank(x, 0))
+    return followed(aten.select_scatter.default, x, src, at, index), 0
 
 
 @batching_rule(aten.slice_scatter.default)
@@ -73,7 +75,7 @@ def slice_scatter(
     at = behind_batch(dim, src_rank)
     # ATen lets src broadcast to the slice, which it writes by copy.
     src = src.expand(aten.slice(x, at, start, end, step).shape)
-    return aten.slice_scatter(x, src, at, start, end, step), 0
+    return followed(aten.slice_scatter.default, x, src, at, start, end, step), 0
 
 
 # -- one index tensor as large as what is written --------------------------------------------------

@@ -23,6 +23,7 @@ from lamina.batching.dims import (
     without,
 )
 from lamina.batching.table import batching_rule
+from lamina_core.dispatch import followed
 from lamina_core.overloads import aten
 
 # Views that change no dim: the value is viewed as it is.
@@ -86,7 +87,8 @@ def as_strided_scatter(
     src = ensure_batched(src, src_bdim, info.batch_size)
     offset = x.storage_offset() + (storage_offset or 0)
     strides = [x.stride(0), *stride]
-    return aten.as_strided_scatter(x, src, [x.shape[0], *size], strides, offset), 0
+    sizes = [x.shape[0], *size]
+    return followed(aten.as_strided_scatter.default, x, src, sizes, strides, offset), 0
 
 
 @batching_rule(aten.chunk.default)
