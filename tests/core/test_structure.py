@@ -37,6 +37,7 @@ RULES_MAY_IMPORT = {
     "lamina.autodiff.rules": {
         "lamina.autodiff.conventions",
         "lamina.autodiff.declare",
+        "lamina.autodiff.outside",
         "lamina.autodiff.shapes",
         "lamina.autodiff.rules",
         "lamina_core.dispatch",

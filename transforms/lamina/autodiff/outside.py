@@ -22,7 +22,6 @@ from lamina_core.mode import thread_mode
 from lamina_core.outer import autograd_is_on
 from lamina_core.overloads import is_absent
 from lamina_core.schema import facts
-from lamina_core.tensors import tensors_in
 from lamina_core.torch_hooks.autograd import forward_ad, functorch_is_active
 from lamina_core.torch_hooks.functions import original_apply
 from lamina_core.wrapper import LevelTensor
@@ -83,15 +82,18 @@ def _is_followed(args: Any) -> bool:
 
     A `Function` has no tangent, and torch.func asks more of one.
     """
-    if not (torch.is_grad_enabled() and autograd_is_on()) or forward_ad._current_level >= 0:
+    # HOT: a flat loop, for the usual case that none requires grad.
+    for arg in args:
+        if isinstance(arg, Tensor) and type(arg) not in _CLASSES and arg.requires_grad:
+            break
+    else:
+        return False
+    if forward_ad._current_level >= 0 or not (torch.is_grad_enabled() and autograd_is_on()):
         return False
     outer = thread_mode().outer
     if functorch_is_active() if outer is None else outer.sees_all:
         return False
-    tensors = tensors_in(args, {})
-    return any(t.requires_grad for t in tensors) and not any(
-        type(t) in _CLASSES or type(t) is LeafTensor for t in tensors
-    )
+    return not any(type(arg) in _CLASSES or type(arg) is LeafTensor for arg in args)
 
 
 class _Outside(torch.autograd.Function):
