@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lamina_core.errors import DataDependentError, NoLengthError, message
+from lamina_core.schema import resolved
 from lamina_core.views import refresh_levels
 from lamina_core.wrapper import LevelTensor
 
@@ -44,7 +45,7 @@ _BY_ARRAY = "use torch functions, or a torch.autograd.Function with a vmap of it
 
 def _numpy(self: Any, *, force: bool = False) -> Any:
     """The memory as a NumPy array, of a tensor that is a constant of all transforms."""
-    return _plain(self, "the NumPy array", _BY_ARRAY).numpy(force=force)
+    return resolved(_plain(self, "the NumPy array", _BY_ARRAY)).numpy(force=force)
 
 
 def _array(self: Any, dtype: Any = None, *, copy: bool | None = None) -> Any:
@@ -53,7 +54,7 @@ def _array(self: Any, dtype: Any = None, *, copy: bool | None = None) -> Any:
     Raises:
         ValueError: If it must not be one and has to.
     """
-    array = _plain(self, "the NumPy array", _BY_ARRAY).numpy()
+    array = resolved(_plain(self, "the NumPy array", _BY_ARRAY)).numpy()
     if dtype is None or array.dtype == dtype:
         return array.copy() if copy else array
     if copy is False:

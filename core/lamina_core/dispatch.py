@@ -23,7 +23,7 @@ from lamina_core import shortcuts as _shortcuts  # noqa: F401 - gives wrappers t
 from lamina_core.interpreter import Interpreter
 from lamina_core.mode import thread_mode
 from lamina_core.outer import among_others, autocast_keys, regain
-from lamina_core.schema import facts
+from lamina_core.schema import facts, reads_bits, resolved
 from lamina_core.tensors import map_tensors, needs_guard, tensors_in
 from lamina_core.torch_hooks.autograd import forward_ad, functorch_depth
 from lamina_core.wrapper import LevelTensor, highest_interpreter, made_as_view, strip_dead
@@ -131,7 +131,11 @@ def lower(interpreter: Interpreter, op: Any, args: tuple[Any, ...], kwargs: dict
     factories. Any other op of a rule is simply called.
     """
     below = interpreter.below
-    return native(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+    if below is not None:
+        return below.process(op, args, kwargs)
+    if reads_bits(op):
+        args = (resolved(args[0]), *args[1:])
+    return native(op, args, kwargs)
 
 
 def pass_down(

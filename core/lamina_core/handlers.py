@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
+
 from lamina_core import answers as _answers  # noqa: F401 - what wrappers say of themselves
 from lamina_core import conversions as _conversions  # noqa: F401 - and what leaves them for Python
 from lamina_core.dispatch import pass_down, watched
@@ -12,7 +14,9 @@ from lamina_core.errors import RuleError
 from lamina_core.exchanges import exchanges_memory, refuse_exchange
 from lamina_core.interpreter import Interpreter
 from lamina_core.refusals import told
+from lamina_core.scopes import run_at
 from lamina_core.views import refresh_all
+from lamina_core.wrapper import plain_of
 
 __all__ = ["Handler", "HandlerInterpreter"]
 
@@ -54,8 +58,7 @@ class HandlerInterpreter(Interpreter):
         """
         handler = self.handlers.get(id(op))
         if handler is None:
-            found = _exchange if exchanges_memory(op) else self.resolve(op)
-            handler = self.handlers[id(op)] = found
+            handler = self.handlers[id(op)] = _found(op) or self.resolve(op)
         try:
             if self.mutated:
                 refresh_all(self, args, kwargs)
@@ -69,6 +72,30 @@ class HandlerInterpreter(Interpreter):
             raise own from None
 
 
+def _found(op: Any) -> Handler | None:
+    """The handler of an op that means the same at all levels."""
+    if op in _BITS:
+        return _resolve_bit
+    return _exchange if exchanges_memory(op) else None
+
+
 def _exchange(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
     refuse_exchange(op, args, kwargs, interpreter.where())
     return pass_down(interpreter, op, args, kwargs)
+
+
+_BITS: dict[Any, Any] = {
+    torch.ops.aten.resolve_conj.default: torch.Tensor.is_conj,
+    torch.ops.aten.resolve_neg.default: torch.Tensor.is_neg,
+}
+
+
+def _resolve_bit(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    """A copy if the value is lazily conjugated or negated, which no wrapper shows that it is."""
+    x = args[0]
+    if not interpreter.is_own(x):
+        return pass_down(interpreter, op, args, kwargs)
+    if not _BITS[op](plain_of(x)):
+        return x
+    with run_at(interpreter):
+        return x.clone()

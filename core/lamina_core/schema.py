@@ -12,7 +12,15 @@ import torch
 
 from lamina_core.torch_hooks.registry import BINDINGS, has_kernel
 
-__all__ = ["FACTORY_OPTIONS", "OpFacts", "facts", "is_tensor_list_type", "is_tensor_type"]
+__all__ = [
+    "FACTORY_OPTIONS",
+    "OpFacts",
+    "facts",
+    "is_tensor_list_type",
+    "is_tensor_type",
+    "reads_bits",
+    "resolved",
+]
 
 # Ops that are random although torch does not tag them so: they decompose into tagged ones, or draw
 # through a generator they do not name.
@@ -187,6 +195,8 @@ class OpFacts:
             and "reduction" not in self.arg_names
         )
         self.call = _fast_call(op) if fast else op._op
+        if reads_bits(op):
+            self.call = _resolved_call(op)
 
     def functional(self) -> Any:
         """The overload that computes what this one writes, out of place; None if there is none.
@@ -203,6 +213,28 @@ class OpFacts:
     def is_out_variant(self) -> bool:
         """Whether the op writes to keyword `out` arguments only."""
         return bool(self.mutated) and all(isinstance(m, str) for m in self.mutated)
+
+
+def reads_bits(op: Any) -> bool:
+    """Whether an op refuses what is lazily conjugated or negated.
+
+    User code cannot see that the value of a wrapper is, and need not ask for the memory to be
+    brought up to date.
+    """
+    return id(op) in _READ_BITS
+
+
+_READ_BITS = frozenset(map(id, (torch.ops.aten.view_as_real.default, torch.ops.aten.view.dtype)))
+
+
+def _resolved_call(op: Any) -> Any:
+    call = op._op
+    return lambda x, *args: call(resolved(x), *args)
+
+
+def resolved(x: Any) -> Any:
+    """A tensor with its memory brought up to date: itself, or a copy."""
+    return x.resolve_conj().resolve_neg()
 
 
 def _fast_call(op: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from lamina.autodiff.declare import jvp_rule, linear, unbroadcast, vjp_rule
 from lamina_core.overloads import aten
+from lamina_core.schema import resolved
 
 
 def _permute_ct(ct, dims):
@@ -106,7 +107,7 @@ linear(aten._neg_view.default, lambda ct: -ct)
 linear(aten.conj.default, lambda ct: ct.conj())
 linear(aten.imag.default, lambda ct: ct * 1j)
 linear(aten.real.default, lambda ct: ct)  # the machinery makes it complex again
-linear(aten.view_as_complex.default, lambda ct: torch.view_as_real(ct.resolve_conj()))
+linear(aten.view_as_complex.default, lambda ct: torch.view_as_real(resolved(ct)))
 linear(aten.view_as_real.default, lambda ct: torch.view_as_complex(ct.contiguous()))
 
 

@@ -25,6 +25,7 @@ from lamina.batching.dims import (
 from lamina.batching.table import batching_rule
 from lamina_core.dispatch import followed
 from lamina_core.overloads import aten
+from lamina_core.schema import resolved
 
 # Views that change no dim: the value is viewed as it is.
 SAME_DIMS = (
@@ -302,7 +303,7 @@ def reshape_copy(info: Any, in_dims: Any, x: Any, size: Any) -> Any:
 @batching_rule(aten.view.dtype)
 def view_dtype(info: Any, in_dims: Any, x: Any, dtype: torch.dtype) -> Any:
     """[B, *S] -> [B, *S with the last dim resized]. The last dim must be that of the examples."""
-    bdim = in_dims[0]
+    x, bdim = resolved(x), in_dims[0]
     if dtype.itemsize == x.dtype.itemsize:
         return x.view(dtype), bdim
     if logical_rank(x, bdim) == 0:
@@ -323,7 +324,7 @@ def view_as_complex(info: Any, in_dims: Any, x: Any) -> Any:
 @batching_rule(aten.view_as_real.default)
 def view_as_real(info: Any, in_dims: Any, x: Any) -> Any:
     """[B, *S] -> [B, *S, 2]. The wrapper of a lazily conjugated value does not show that it is."""
-    return aten.view_as_real(x.resolve_conj()), in_dims[0]
+    return aten.view_as_real(resolved(x)), in_dims[0]
 
 
 def _last_dense(x: Any, x_bdim: int) -> Any:
