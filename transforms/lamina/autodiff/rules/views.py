@@ -97,7 +97,10 @@ linear(
         ct, x_shape, dimension, size, step
     ),
 )
-linear(aten.unfold_backward.default, lambda ct, dim, size, step: ct.unfold(dim, size, step))
+linear(
+    aten.unfold_backward.default,  # its operand broadcasts
+    lambda ct, x_shape, dim, size, step: unbroadcast(ct.unfold(dim, size, step), x_shape),
+)
 
 # -- complex numbers and their parts ---------------------------------------------------------------
 
