@@ -208,7 +208,8 @@ def index_fill_tensor(info: Any, in_dims: Any, x: Any, dim: int, index: Any, val
     # A mask, as a place that is named twice is filled once, with one derivative.
     mask = torch.zeros((numbers.shape[0], rows.shape[at]), dtype=torch.bool, device=x.device)
     mask = aten.index_put(mask, [example_numbers(mask, 1), numbers], mask.new_ones(()))
-    mask = mask.reshape(-1, *[1] * (at - 1), rows.shape[at], *[1] * (rows.dim() - at - 1))
+    ones = [1] * (rows.dim() - at - 1)
+    mask = mask.reshape(mask.shape[0], *[1] * (at - 1), mask.shape[1], *ones)
     value = value.to(x.dtype).reshape(-1, *[1] * (rows.dim() - 1))
     return _restore(info, in_dims, x, torch.where(mask, value, rows))
 
