@@ -491,3 +491,41 @@ def test_learned_fake_quantisation(kind):
     )
     slopes = tuple((a - b) / (2 * step) for a, b in zip(hi, lo, strict=True))
     torch.testing.assert_close(jvp(pull, primals, tangents)[1], slopes, rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Eigenvalues of a symmetric matrix
+# ---------------------------------------------------------------------------------------------
+
+
+def _of_values(x):
+    return (torch.linalg.eigvalsh(x) * torch.tensor([1.0, 2.0, 4.0], dtype=double)).sum()
+
+
+def _of_vectors(x):
+    return (torch.linalg.eigh(x)[1].abs().square() * draw(3, 3, seed=5)).sum()
+
+
+@pytest.mark.parametrize("f", [_of_values, _of_vectors])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_cotangents_of_hermitian_matrices_are_hermitian(f, kind):
+    x, v = draw(3, 3), draw(3, 3, seed=1)
+    if kind == "complex":
+        x, v = torch.complex(x, draw(3, 3, seed=2)), torch.complex(v, draw(3, 3, seed=3))
+    x = x @ x.mH + 3 * torch.eye(3)
+
+    def first(x):
+        return (grad(f)(x) * v.conj()).real.sum()
+
+    leaf = x.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad((pulled * v.conj()).real.sum(), leaf)
+    near(grad(f)(x), pulled.detach())
+    near(grad(first)(x), expected)
+    near(grad(first)(x), expected.mH)
+    # The two modes are dual at any direction, be it Hermitian or not.
+    tangent, u = v, draw(3, 3, seed=4)
+    eigh = lambda x: tuple(torch.linalg.eigh(x))
+    values_t, vectors_t = jvp(eigh, (x,), (tangent,))[1]
+    (ct,) = vjp(eigh, x)[1]((u[0], u.to(x.dtype)))
+    near((ct.conj() * tangent).real.sum(), (values_t * u[0]).sum() + (vectors_t * u).real.sum())

@@ -106,17 +106,23 @@ def _eigh_pullback(residuals: Any, needs: Any, values_ct: Any, vectors_ct: Any) 
     part, gaps = dual.matmul(vectors_ct), _gaps(values)
     nothing = _says_nothing(part - adjoint(part), [part], values_ct, _residue(vectors_ct))
     skipped = _diagonal(values) | (nothing & (gaps.abs() <= _rounding(values)))
-    inner = _over(part, gaps, skipped)
+    inner = _hermitian(_over(part, gaps, skipped))
     if values_ct is not None:
         inner = inner + torch.diag_embed(values_ct)
     return (vectors.matmul(inner).matmul(dual),)
+
+
+def _hermitian(x: Any) -> Any:
+    """What a Hermitian matrix sees of a direction; PyTorch's cotangents are of this kind too."""
+    return (x + adjoint(x)) * 0.5
 
 
 @jvp_rule(aten._linalg_eigh.default)
 def eigh_jvp(tangents: Any, a: Any, UPLO: str = "L", compute_v: bool = True) -> Any:
     """[*B, n, n] -> eigenvalues [*B, n], eigenvectors [*B, n, n]."""
     values, vectors = aten._linalg_eigh.default(a, UPLO, True)
-    inner, gaps = adjoint(vectors).matmul(tangents[0]).matmul(vectors), _gaps(values)
+    inner = adjoint(vectors).matmul(_hermitian(tangents[0])).matmul(vectors)
+    gaps = _gaps(values)
     diagonal = inner.diagonal(dim1=-2, dim2=-1)
     values_t = diagonal.real if diagonal.is_complex() else diagonal
     equal = (gaps.abs() <= _rounding(values)) & (inner.abs() <= _residue(tangents[0]))

@@ -12,7 +12,7 @@ import torch
 
 from lamina.batching.dims import batch_first, ensure_batched, logical_rank, logical_shape, pad_rank
 from lamina.batching.table import batching_rule, decomposition
-from lamina_core.dispatch import copied
+from lamina_core.dispatch import copied, followed
 from lamina_core.errors import MutationError
 from lamina_core.overloads import aten
 
@@ -67,7 +67,7 @@ _CHANNELS_LAST = (torch.channels_last, torch.channels_last_3d)
 def _same_dims(op: Any) -> Any:
     def rule(info: Any, in_dims: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """[B, *S] -> [B, *S], the batch dim where it was."""
-        return op(x, *args, **kwargs), in_dims[0]
+        return followed(op, x, *args, **kwargs), in_dims[0]
 
     return rule
 
