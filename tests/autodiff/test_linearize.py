@@ -467,3 +467,12 @@ def test_the_level_is_left_when_the_function_raises():
     with pytest.raises(ZeroDivisionError):
         linearize(broken, X)
     assert lamina.debug.stack_text() == "level 0: plain PyTorch"
+
+
+@pytest.mark.parametrize(
+    "f", [torch.sign, torch.round, torch.floor, torch.detach, lambda x: torch.fill(x, 1.0)]
+)
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_function_without_slope(f, followed):
+    x = torch.tensor([0.5, -1.25]).requires_grad_(followed)
+    assert torch.equal(linearize(f, x)[1](torch.ones(2)) + 1, torch.ones(2))
