@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lamina.autodiff.checks import (
+    ABSENT,
     as_pair,
     choose,
     likes,
@@ -18,6 +19,7 @@ from lamina.autodiff.checks import (
     need_complex,
     need_differentiable,
     scalar_loss,
+    seeded,
 )
 from lamina.autodiff.forward import ForwardInterpreter
 from lamina.autodiff.reverse import ReverseInterpreter
@@ -44,8 +46,9 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
 
     Returns:
         `(output, vjp_fn)`, or `(output, vjp_fn, aux)`. `vjp_fn(cotangents)` takes cotangents like
-        the output and returns a tuple of cotangents like `primals`: J^H ct for each. It may be
-        called any number of times, also under later transforms.
+        the output and returns a tuple of cotangents like `primals`: J^H ct for each. None stands
+        for 1 where the output has one element, as in `backward()`. It may be called any number of
+        times, also under later transforms.
 
     Raises:
         NotDifferentiableError: If no leaf of `primals` is a floating-point or complex tensor.
@@ -62,11 +65,13 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     run = run_reverse(interpreter, func, primals, range(len(primals)), kwargs, has_aux)
     run.write_back(keep=True)
     out, aux, wanted = pytree.unflatten(run.out_spec, run.values), run.aux, likes(run.values)
+    devices = [getattr(value, "device", None) for value in run.values]
     run.let_go()
 
     def vjp_fn(cotangents: Any) -> Any:
         """Pull cotangents of the output back to the primals."""
-        cts = match(cotangents, wanted, run.out_spec, "cotangents", "output")
+        cts = match(cotangents, wanted, run.out_spec, "cotangents", "output", absent=ABSENT)
+        cts = seeded(cts, wanted, devices, run.out_spec)
         return tuple(run.pull(cts, release=False))
 
     return (out, vjp_fn, aux) if has_aux else (out, vjp_fn)

@@ -21,6 +21,7 @@ from lamina_core.errors import (
 )
 
 __all__ = [
+    "ABSENT",
     "as_pair",
     "choose",
     "describe",
@@ -31,6 +32,7 @@ __all__ = [
     "need_complex",
     "need_differentiable",
     "scalar_loss",
+    "seeded",
     "split_aux",
     "structure_text",
 ]
@@ -231,7 +233,9 @@ def split_aux(out: Any, interpreter: Any) -> tuple[Any, Any]:
     return out[0], out[1]
 
 
-def match(given: Any, wanted: list[Any], spec: Any, what: str, of: str) -> list[Any]:
+def match(
+    given: Any, wanted: list[Any], spec: Any, what: str, of: str, absent: str = "None for zero"
+) -> list[Any]:
     """Cotangents or tangents as one list, each checked against the value it belongs to.
 
     Args:
@@ -240,6 +244,7 @@ def match(given: Any, wanted: list[Any], spec: Any, what: str, of: str) -> list[
         spec: The structure that these have.
         what: How messages name `given`, in the plural.
         of: How messages name the values.
+        absent: What messages say of None.
 
     Raises:
         TangentError: If the structure, a shape or a dtype differs.
@@ -251,7 +256,7 @@ def match(given: Any, wanted: list[Any], spec: Any, what: str, of: str) -> list[
                 f"the structure of {what} is not that of {of}",
                 f"{of}: {structure_text(spec)}",
                 f"{what}: {structure_text(given_spec)}",
-                f"to fix: pass one entry of {what} for each leaf of {of}, None for zero",
+                f"to fix: pass one entry of {what} for each leaf of {of}, {absent}",
             )
         )
     for i, (ct, like) in enumerate(zip(found, wanted, strict=True)):
@@ -265,10 +270,36 @@ def match(given: Any, wanted: list[Any], spec: Any, what: str, of: str) -> list[
                     f"{what}{path} does not match {of}{path}",
                     f"{of}{path}: {_described(*like)}",
                     f"{what}{path}: {describe(ct)}",
-                    "to fix: pass a tensor of the same shape and dtype, or None for zero",
+                    f"to fix: pass a tensor of the same shape and dtype, or {absent}",
                 )
             )
     return found
+
+
+ABSENT = "None for the 1 of a real number"
+
+
+def seeded(cts: list[Any], wanted: list[Any], devices: list[Any], spec: Any) -> list[Any]:
+    """Cotangents with a 1 in place of each None that belongs to a real number, as in `backward()`.
+
+    Raises:
+        TangentError: If one belongs to a differentiable value that is none.
+    """
+    for i, (ct, like, device) in enumerate(zip(cts, wanted, devices, strict=True)):
+        if ct is not None or like is None:
+            continue
+        shape, dtype = like
+        if shape.numel() != 1 or dtype.is_complex:
+            path = spec.accessors()[i].codify("")
+            raise TangentError(
+                message(
+                    f"cotangents{path} is None, which stands for 1 where the output is a number",
+                    f"output{path}: {_described(*like)}",
+                    "to fix: pass a tensor of its shape and dtype, zeros for a zero cotangent",
+                )
+            )
+        cts[i] = torch.ones(shape, dtype=dtype, device=device)
+    return cts
 
 
 def structure_text(spec: Any) -> str:
