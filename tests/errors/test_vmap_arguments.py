@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
+import numpy as np
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -126,6 +130,75 @@ vmap has nothing to map over: no argument is mapped
   in_dims is 0, and the arguments hold 0 tensors
   to fix: pass at least one tensor positionally, with an int in in_dims""",
     )
+
+
+@dataclasses.dataclass
+class Box:
+    """No pytree."""
+
+    content: object
+
+
+@pytest.mark.parametrize(
+    "stray", [2.0, True, "text", None, np.ones(2), np.float32(1), [1.0, 2.0], len, Box(X)]
+)
+@pytest.mark.parametrize("in_dims", [0, (0, 0), (0, 1), (0, None)])
+def test_what_is_no_tensor_is_not_mapped(stray, in_dims):
+    reference = _refusal(lambda: torch.func.vmap(first, in_dims=in_dims)(X, stray))
+    refusal = _refusal(lambda: vmap(first, in_dims=in_dims)(X, stray))
+    assert (refusal is None) == (reference is None)
+    if refusal is not None:
+        assert isinstance(refusal, StructureError)
+        assert "to fix: pass None for it in in_dims" in str(refusal)
+
+
+def test_what_is_said_of_an_array():
+    assert_expected_inline(
+        said(StructureError, lambda: vmap(first)(X, {"w": np.ones(2)})),
+        """\
+in_dims has 0 for argument args[1]['w'], which is a ndarray
+  to fix: pass None for it in in_dims, or torch.as_tensor(x) to map over it""",
+    )
+
+
+def _refusal(run):
+    try:
+        run()
+    except ValueError as error:
+        return error
+    return None
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedBox:
+    content: object
+
+
+HIDING = {
+    "dataclass": Box,
+    "dataclass with slots": lambda x: SlottedBox([x, 1]),
+    "dict in an object": lambda x: Box({"x": (x * 2,)}),
+    "frozenset": lambda x: (x, frozenset([x])),
+    "namespace": lambda x: types.SimpleNamespace(x=x),
+    "set": lambda x: {x},
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_tensors_in_what_is_no_pytree_are_not_handed_out(name):
+    with pytest.raises(ValueError, match="only return Tensors"):
+        torch.func.vmap(HIDING[name])(X)
+    with pytest.raises(StructureError, match="that holds mapped tensors"):
+        vmap(HIDING[name])(X)
+    with pytest.raises(StructureError, match="that holds mapped tensors"):
+        vmap(vmap(HIDING[name]))(X)
+
+
+def test_other_objects_pass_through():
+    box = Box(X)
+    assert vmap(lambda x: (x, box))(X)[1] is box
+    assert vmap(lambda x: (x, len, "text", 1.0, None))(X)[1:] == (len, "text", 1.0, None)
+    assert torch.equal(vmap(lambda x: Box(torch.ones(2)))(X).content + 1, torch.full((2,), 2.0))
 
 
 def test_nothing_is_mapped():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lamina.batching.chunks import Gathered
+from lamina.batching.hidden import holds_mapped
 from lamina.batching.interpreter import VmapInterpreter
 from lamina.batching.randomness import Part
 from lamina_core import pytree
@@ -36,8 +37,8 @@ def vmap(
     Args:
         func: Takes and returns pytrees of tensors. Outputs that are not tensors pass through.
         in_dims: For each positional argument, the dim to map over: an int, None for "not mapped",
-            or a tuple or list of these, nested like the arguments. Leaves that are not tensors
-            are never mapped.
+            or a tuple or list of these, nested like the arguments. Only tensors are mapped: the
+            entry of anything else has to be None.
         out_dims: Where the batch dim goes in each output; None returns an output that is the same
             for every example without a batch dim.
         randomness: What random ops do: "error", "same" (all examples share one draw) or
@@ -52,7 +53,8 @@ def vmap(
         reach `func` and are not mapped.
 
     Raises:
-        StructureError: If `in_dims` or `out_dims` does not fit the arguments or outputs.
+        StructureError: If `in_dims` or `out_dims` does not fit the arguments or outputs, or an
+            output is no pytree and holds mapped tensors.
         BatchSizeError: If no argument is mapped, or mapped ones disagree on the size.
 
     Example:
@@ -160,6 +162,8 @@ def _unwrap(interpreter: VmapInterpreter, out: Any, out_dims: Any, size: int) ->
     results = []
     for i, (value, dim) in enumerate(zip(outs, wanted, strict=True)):
         if not isinstance(value, Tensor):
+            if type(value) not in _HOLD_NOTHING and holds_mapped(interpreter, value):
+                raise _hidden(interpreter, out, i)
             results.append(value)
             continue
         bdim = None
@@ -212,6 +216,20 @@ def _without_dead(interpreter: VmapInterpreter, value: Any) -> Any:
     return value
 
 
+_HOLD_NOTHING = frozenset((bool, bytes, complex, float, int, str, type(None)))
+
+
+def _hidden(interpreter: VmapInterpreter, out: Any, index: int) -> Exception:
+    paths, leaves, _ = pytree.flatten_with_paths(out)
+    kind = type(leaves[index]).__name__
+    return interpreter.error(
+        StructureError,
+        f"output{paths[index]} is a {kind} that holds mapped tensors, out of which vmap can't "
+        "take them",
+        f"to fix: return the tensors in a tuple, list or dict, or register {kind} as a pytree",
+    )
+
+
 def _output_path(out: Any, index: int) -> str:
     paths, leaves, _ = pytree.flatten_with_paths(out)
     return f"output{paths[index]} of shape {list(leaves[index].shape)}"
@@ -231,17 +249,33 @@ def _flat_in_dims(in_dims: Any, args: Any, leaves: list[Any], spec: Any) -> list
             )
         wanted = pytree.broadcast_prefix(in_dims, spec, what="in_dims", of="args")
     dims: list[int | None] = []
+    strays: list[int] = []  # what is no tensor, and was to be mapped
     for i, (leaf, dim) in enumerate(zip(leaves, wanted, strict=True)):
-        if dim is None or not isinstance(leaf, Tensor):
-            if dim is not None and not isinstance(dim, int):
-                raise _bad_dim(args, i, dim)
+        if dim is None:
             dims.append(None)
+            continue
+        if not isinstance(leaf, Tensor):
+            dims.append(None)
+            strays.append(i)
             continue
         rank = leaf.dim()
         if not isinstance(dim, int) or isinstance(dim, bool) or not -rank <= dim < rank:
             raise _bad_dim(args, i, dim)
         dims.append(dim % rank)
+    if strays and any(dim is not None for dim in dims):
+        raise _no_tensor(args, strays[0], wanted[strays[0]])
     return dims
+
+
+def _no_tensor(args: Any, index: int, dim: Any) -> StructureError:
+    paths, leaves, _ = pytree.flatten_with_paths(args)
+    kind = type(leaves[index]).__name__
+    return StructureError(
+        message(
+            f"in_dims has {dim!r} for argument args{paths[index]}, which is a {kind}",
+            "to fix: pass None for it in in_dims, or torch.as_tensor(x) to map over it",
+        )
+    )
 
 
 def _bad_dim(args: Any, index: int, dim: Any) -> StructureError:
