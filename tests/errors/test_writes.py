@@ -109,11 +109,22 @@ cannot write through aten.view.dtype, which views torch.float32 as torch.int32 u
 
 def test_no_counterpart_out_of_place():
     assert_expected_inline(
-        said(MutationError, lambda: grad(lambda x: (x * 2).set_(X, 0, (2, 3)).sum())(X)),
+        said(MutationError, lambda: grad(lambda x: torch.ops.aten.set_data.default(x * 2, X))(X)),
         """\
-aten.set_.source_Tensor_storage_offset writes to its argument and has no out-of-place counterpart
+aten.set_data.default writes to its argument and has no out-of-place counterpart
   while interpreting at level 1: grad
   to fix: use the out-of-place form of the op""",
+    )
+
+
+def test_memory_that_is_exchanged():
+    assert_expected_inline(
+        said(MutationError, lambda: grad(lambda x: (x * 2).set_(X, 0, (2, 3)).sum())(X)),
+        """\
+aten.set_.source_Tensor_storage_offset exchanges the memory of a tensor
+  while interpreting at level 1: grad
+  a tensor of a transform, whether an argument of it or made inside, has none
+  to fix: go on with the other tensor, or write its values by x.copy_(other)""",
     )
 
 
