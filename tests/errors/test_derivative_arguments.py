@@ -306,7 +306,7 @@ def test_cotangents_of_another_structure():
 the structure of cotangents is not that of output
   output: {'a': *, 'b': (*, *)}
   cotangents: (*, *)
-  to fix: pass one entry of cotangents for each leaf of output, None for the 1 of a real number""",
+  to fix: pass one entry of cotangents for each leaf of output, None for zero (1 of a number)""",
     )
 
 
@@ -317,7 +317,7 @@ def test_a_cotangent_of_another_shape():
 cotangents['a'] does not match output['a']
   output['a']: torch.float32 tensor of shape [2, 3]
   cotangents['a']: torch.int64 tensor of shape [3]
-  to fix: pass a tensor of the same shape and dtype, or None for the 1 of a real number""",
+  to fix: pass a tensor of the same shape and dtype, or None for zero (1 of a number)""",
     )
 
 
@@ -328,7 +328,7 @@ def test_a_cotangent_of_another_dtype():
 cotangents does not match output
   output: torch.float32 tensor of shape [2, 3]
   cotangents: torch.float64 tensor of shape [2, 3]
-  to fix: pass a tensor of the same shape and dtype, or None for the 1 of a real number""",
+  to fix: pass a tensor of the same shape and dtype, or None for zero (1 of a number)""",
     )
 
 
@@ -339,7 +339,7 @@ def test_a_cotangent_that_is_a_number():
 cotangents does not match output
   output: torch.float32 tensor of shape []
   cotangents: float
-  to fix: pass a tensor of the same shape and dtype, or None for the 1 of a real number""",
+  to fix: pass a tensor of the same shape and dtype, or None for zero (1 of a number)""",
     )
 
 
@@ -404,7 +404,7 @@ ABSENT = {
     "both of two": (lambda x: (x.sum(), x.prod()), (None, None)),
     "one of two": (lambda x: (x.sum(), x * 2), (None, X)),
     "a vector": (lambda x: x * 2, None),
-    "a vector of two": (lambda x: (x.sum(), x * 2), (torch.tensor(1.0), None)),
+    "a vector and a number": (lambda x: (x.sum(), x * 2), (None, None)),
     "a complex number": (lambda x: x.sum() * 1j, None),
 }
 
@@ -415,9 +415,14 @@ def test_no_cotangent_is_what_it_is_in_torch_func(name):
     try:
         (want,) = torch.func.vjp(f, X)[1](cotangents)
     except RuntimeError:
-        with pytest.raises(TangentError, match="stands for 1 where the output is a number"):
+        with pytest.raises(TangentError, match="no cotangent is given"):
             vjp(f, X)[1](cotangents)
         return
     torch.testing.assert_close(vjp(f, X)[1](cotangents), (want,))
     mapped = vmap(lambda x: vjp(f, x)[1](cotangents)[0])(torch.stack([X, X]))
     torch.testing.assert_close(mapped, torch.stack([want, want]))
+
+
+def test_no_cotangent_is_zero_beside_one_that_is_given():
+    f, given = (lambda x: (x.sin(), x * 2)), torch.ones_like(X)
+    torch.testing.assert_close(vjp(f, X)[1]((None, given)), (2 * given,))

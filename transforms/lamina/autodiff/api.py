@@ -47,8 +47,8 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False, **kwargs
     Returns:
         `(output, vjp_fn)`, or `(output, vjp_fn, aux)`. `vjp_fn(cotangents)` takes cotangents like
         the output and returns a tuple of cotangents like `primals`: J^H ct for each. None stands
-        for 1 where the output has one element, as in `backward()`. It may be called any number of
-        times, also under later transforms.
+        for 1 where the output has one element and is real, as in `backward()`, and for zero
+        elsewhere. It may be called any number of times, also under later transforms.
 
     Raises:
         NotDifferentiableError: If no leaf of `primals` is a floating-point or complex tensor.

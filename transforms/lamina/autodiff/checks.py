@@ -276,29 +276,32 @@ def match(
     return found
 
 
-ABSENT = "None for the 1 of a real number"
+ABSENT = "None for zero (1 of a number)"
 
 
 def seeded(cts: list[Any], wanted: list[Any], devices: list[Any], spec: Any) -> list[Any]:
     """Cotangents with a 1 in place of each None that belongs to a real number, as in `backward()`.
 
     Raises:
-        TangentError: If one belongs to a differentiable value that is none.
+        TangentError: If all are None, and one belongs to what is no number.
     """
+    given = any(ct is not None for ct in cts)
     for i, (ct, like, device) in enumerate(zip(cts, wanted, devices, strict=True)):
         if ct is not None or like is None:
             continue
         shape, dtype = like
-        if shape.numel() != 1 or dtype.is_complex:
+        if shape.numel() == 1 and not dtype.is_complex:
+            cts[i] = torch.ones(shape, dtype=dtype, device=device)
+        elif not given:
             path = spec.accessors()[i].codify("")
             raise TangentError(
                 message(
-                    f"cotangents{path} is None, which stands for 1 where the output is a number",
+                    f"no cotangent is given, and 1 can only be meant for real numbers: "
+                    f"output{path} is none",
                     f"output{path}: {_described(*like)}",
-                    "to fix: pass a tensor of its shape and dtype, zeros for a zero cotangent",
+                    f"to fix: pass a tensor like it as cotangents{path}",
                 )
             )
-        cts[i] = torch.ones(shape, dtype=dtype, device=device)
     return cts
 
 
