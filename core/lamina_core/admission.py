@@ -27,6 +27,26 @@ __all__ = ["admitting", "decompose_handler"]
 _CLASSES = LevelTensor.classes
 _KEPT = 10_000
 _VIEWS_IN_EFFECT = (aten._unsafe_view.default,)
+
+# HOT: what programs are made of is asked less. These take operands of any rank, and their rules
+# speak of logical dims.
+_OF_ANY_RANK = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_to_copy", "clone", "contiguous", "copy", "to"),
+        *("empty_like", "full_like", "ones_like", "zeros_like"),
+        *("new_empty", "new_full", "new_ones", "new_zeros"),
+        *("amax", "amin", "cumsum", "logsumexp", "mean", "sum"),
+        *("_log_softmax", "_softmax", "log_softmax", "softmax"),
+    )
+)
+# And these take operands of one rank alone, and their kernels see to the rest.
+_RANKS: dict[Any, tuple[int, ...]] = {
+    aten.bmm.default: (3, 3),
+    aten.dot.default: (1, 1),
+    aten.mm.default: (2, 2),
+    aten.mv.default: (2, 1),
+}
 Tensor = torch.Tensor
 
 
@@ -41,6 +61,10 @@ def admitting(known: OpFacts, handle: Handler) -> Handler:
         return handle
     if known.is_view or known.is_pointwise or known.op in _VIEWS_IN_EFFECT:
         return handle
+    if known.op._schema.name in _OF_ANY_RANK:
+        return handle
+    if known.op in _RANKS:
+        return _admitting_ranks(*_RANKS[known.op], handle)
     taken: set[Any] = set()
 
     @wraps(handle)
@@ -59,6 +83,21 @@ def admitting(known: OpFacts, handle: Handler) -> Handler:
             taken.clear()
         taken.add(key)
         return out
+
+    return admit
+
+
+def _admitting_ranks(first: int, second: int, handle: Handler) -> Handler:
+    @wraps(handle)
+    def admit(interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
+        x, y = args[0], args[1]
+        x_rank = len(x.logical) if type(x) in _CLASSES and x.logical is not None else x.dim()
+        y_rank = len(y.logical) if type(y) in _CLASSES and y.logical is not None else y.dim()
+        if x_rank != first or y_rank != second:
+            own = refused(interpreter, op, args, kwargs)
+            if own is not None:
+                raise own
+        return handle(interpreter, op, args, kwargs)
 
     return admit
 
