@@ -179,20 +179,25 @@ def _picked(case: Case, k: int, levels: str, o: int, i: int) -> torch.Tensor:
 
 
 def _nested_batch(case: Case, k: int, levels: str) -> tuple:
-    """An argument, and its in_dims of the outer and of the inner vmap: never the same place."""
+    """An argument, and its in_dims of the outer and of the inner vmap: never the same place.
+
+    An example is laid out in memory as the sample is, which `as_strided` goes by.
+    """
     rank = case.generations[0][k].ndim
     if levels == "none":
         return case.generations[0][k], None, None
     if levels == "outer":
-        outer = torch.stack([_picked(case, k, levels, o, 0) for o in range(OUTER)], rank)
-        return outer, rank, None
-    rows = [
-        torch.stack([_picked(case, k, levels, o, i) for i in range(BATCH)], rank)
-        for o in range(OUTER if levels == "both" else 1)
-    ]
+        outer = torch.stack([_picked(case, k, levels, o, 0) for o in range(OUTER)])
+        return outer.movedim(0, rank), rank, None
+    rows = torch.stack(
+        [
+            torch.stack([_picked(case, k, levels, o, i) for i in range(BATCH)])
+            for o in range(OUTER if levels == "both" else 1)
+        ]
+    ).movedim(1, -1)
     if levels == "inner":
         return rows[0], None, -1
-    return torch.stack(rows, 1), 1, -1
+    return rows.movedim(0, 1), 1, -1
 
 
 def vmap_of_no_examples(case: Case) -> bool:
