@@ -41,7 +41,7 @@ _OF_ANY_RANK = frozenset(
     )
 )
 # And these take operands of one rank alone, and their kernels see to the rest.
-_RANKS: dict[Any, tuple[int, ...]] = {
+_RANKS: dict[Any, tuple[int, int]] = {
     aten.bmm.default: (3, 3),
     aten.dot.default: (1, 1),
     aten.mm.default: (2, 2),

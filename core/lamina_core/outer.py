@@ -32,9 +32,17 @@ with keys.BelowADInplaceOrView():
 
 # Those of torch.func, and of tracing before dispatch, off where we are called inside one of them:
 # an op of user code is ours first, and what it comes to on plain tensors is theirs.
+# The keys of its tensors too: they come before Python's, and what they lead to takes a tensor for
+# one that has outlived its transform, and drops what is followed.
 BELOW_TRACING = BELOW_AUTOGRAD
-for _name in ("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "PreDispatch"):
-    BELOW_TRACING = BELOW_TRACING | keys.DispatchKeySet(getattr(keys.DispatchKey, _name))
+for _name in (
+    "FuncTorchBatched",
+    "FuncTorchDynamicLayerBackMode",
+    "FuncTorchDynamicLayerFrontMode",
+    "FuncTorchGradWrapper",
+    "PreDispatch",
+):
+    BELOW_TRACING = BELOW_TRACING | keys.DispatchKeySet(keys.parse_key(_name))
 
 _is_excluded = keys.is_excluded
 _exclude_set = keys.excluded_keys
