@@ -168,7 +168,7 @@ class TangentError(LaminaError, ValueError, RuntimeError):
         lamina_core.errors.TangentError: cotangents does not match output
           output: torch.float32 tensor of shape []
           cotangents: torch.float32 tensor of shape [3]
-          to fix: pass a tensor of the same shape and dtype, or None for zero
+          to fix: pass a tensor of the same shape and dtype, or None for zero (1 of a number)
         >>> vjp_fn(torch.ones(()))
         (tensor([1., 1., 1.]),)
     """
