@@ -103,7 +103,7 @@ def _admitting_ranks(first: int, second: int, handle: Handler) -> Handler:
 
 
 def _signature(args: Any) -> tuple[Any, ...]:
-    """All of the arguments but the elements of tensors and the values of floats."""
+    """All of the arguments but the elements of tensors."""
     # HOT: what is neither a view nor elementwise comes through here, at 0.3 us a tensor.
     parts: list[Any] = []
     add = parts.append
@@ -119,12 +119,11 @@ def _signature(args: Any) -> tuple[Any, ...]:
             add(arg)
         elif kind is list or kind is tuple:
             add(_signature(arg) if arg and type(arg[0]) is not int else tuple(arg))
-        elif kind is float:
-            add(kind)
         elif isinstance(arg, Tensor):  # a parameter
             add(arg.shape)
             add(arg.dtype)
-        else:
+        else:  # 2 and 2.0 are equal, and not the same to an op
+            add(kind)
             add(arg)
     return tuple(parts)
 

@@ -132,6 +132,34 @@ def test_a_call_that_was_taken_once_is_refused_with_other_shapes():
     f(torch.eye(3).expand(2, 3, 3))
 
 
+# A call that an op takes, and one that differs in a number alone, which it refuses.
+NUMBERS = {
+    "renorm": (lambda x, p: torch.renorm(x, p, 0, 1.0), 2.0, -1.0),
+    "histc": (lambda x, high: torch.histc(x, 4, 0.0, high), 1.0, -1.0),
+    "histogram": (lambda x, high: torch.histogram(x, 4, range=(0.0, high))[0], 1.0, -1.0),
+    "quantile": (lambda x, q: torch.quantile(x, q, 0), 0.5, 1.5),
+    "cdist": (lambda x, p: torch.cdist(x, x + 1, p), 2.0, -1.0),
+    "huber_loss": (lambda x, delta: F.huber_loss(x, 2 * x, delta=delta), 1.0, -1.0),
+    "native_dropout": (lambda x, p: torch.native_dropout(x, p, True)[0], 0.5, 1.5),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_call_that_was_taken_once_is_refused_with_another_number(name):
+    f, good, bad = NUMBERS[name]
+    x = torch.linspace(0.1, 0.9, 9).reshape(3, 3)
+    f(x, good)
+    with pytest.raises(RuntimeError) as own:
+        f(x, bad)
+    under = [lambda p: vmap(lambda x: f(x, p), randomness="different")(x.expand(2, 3, 3))]
+    if name not in ("histc", "histogram"):
+        under.append(lambda p: jvp(lambda x: f(x, p), (x,), (x,)))
+    for transform in under:
+        transform(good)
+        with pytest.raises(type(own.value)):
+            transform(bad)
+
+
 def test_what_user_code_raises_inside_an_op_comes_as_it_is():
     class Stop(Exception):
         """What a hook raises."""
