@@ -32,6 +32,7 @@ from tests.laws import (
     stacked,
     try_on_all,
 )
+from tests.oracles import pull_back
 from tests.samples import BATCH, LEFT_OUT, NOT_UNDER, Case, cases, database
 
 Tensors = tuple[torch.Tensor, ...]
@@ -121,7 +122,7 @@ def _facts(case: Case, row: Tensors, kept: list[int], seed: int) -> tuple[Facts,
 
     def pull(x: Sequence[torch.Tensor], u: Tensors) -> Tensors:
         leaves, outs = at(x, True)
-        return tuple(g.detach() for g in _grad(outs, leaves, u, create_graph=False))
+        return tuple(g.detach() for g in pull_back(outs, leaves, u, create_graph=False))
 
     _, outs = at(x, False)
     u = tuple(noise(o, 1000 * seed + i) for i, o in enumerate(outs))
@@ -137,27 +138,15 @@ def _facts(case: Case, row: Tensors, kept: list[int], seed: int) -> tuple[Facts,
     return facts, by_autograd is None
 
 
-def _grad(outs: Tensors, xs: Tensors, cts: Tensors, create_graph: bool) -> Tensors:
-    used = [(o, ct) for o, ct in zip(outs, cts, strict=True) if o.requires_grad]
-    return torch.autograd.grad(
-        [o for o, _ in used],
-        xs,
-        [ct for _, ct in used],
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-
-
 def _second(at: Callable, x: Tensors, u: Tensors, t: Tensors) -> tuple[Tensors, Tensors] | None:
     """T and H by differentiating PyTorch's pullback; None if it has no finite derivative."""
     try:
         leaves, outs = at(x, True)
         probes = tuple(ct.clone().requires_grad_() for ct in u)
-        pulled = _grad(outs, leaves, probes, create_graph=True)
+        pulled = pull_back(outs, leaves, probes, create_graph=True)
         if not any(p.requires_grad for p in pulled):  # zero whatever the cotangents are
             return tuple(map(torch.zeros_like, u)), tuple(map(torch.zeros_like, x))
-        found = _grad(pulled, (*leaves, *probes), t, create_graph=False)
+        found = pull_back(pulled, (*leaves, *probes), t, create_graph=False)
     except (RuntimeError, NotImplementedError):
         return None
     if not all(g.isfinite().all() for g in found):

@@ -26,6 +26,7 @@ import torch
 
 import lamina
 from tests.laws import examples, noise, stacked
+from tests.oracles import pull_back
 from tests.samples import BATCH, Case, cases, database
 
 HALF = (torch.bfloat16, torch.float16)
@@ -320,17 +321,8 @@ def _pushed(f: Function, primals: Tensors, tangents: Tensors) -> Tensors:
     leaves = tuple(p.detach().requires_grad_() for p in primals)
     outs = f(*leaves)
     probes = tuple(torch.ones_like(out).requires_grad_() for out in outs)
-    pulled = torch.autograd.grad(
-        outs, leaves, probes, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    used = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g.requires_grad]
-    return torch.autograd.grad(
-        [g for g, _ in used],
-        probes,
-        [t for _, t in used],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    pulled = pull_back(outs, leaves, probes, create_graph=True)
+    return pull_back(pulled, probes, tangents)
 
 
 def _batch(rows: Sequence[Tensors], batched: Sequence[int]) -> tuple[Tensors, tuple]:

@@ -33,6 +33,7 @@ from tests.laws import (
     stacked,
     try_on_all,
 )
+from tests.oracles import pull_back
 from tests.samples import BATCH, LEFT_OUT, NOT_UNDER, Case, cases, database
 
 Tensors = tuple[torch.Tensor, ...]
@@ -223,25 +224,11 @@ def _facts(case: Case, row: Tensors, kept: list[int], seed: int, unusual: bool) 
     if unusual:
         u = tuple(_drawn(o, _UNUSUAL, f"u {seed} {i}") for i, o in enumerate(outs))
         t = tuple(_drawn(o, _UNUSUAL, f"t {seed} {i}") for i, o in enumerate(x))
-    pulled = _grad(outs, leaves, u, create_graph=False, retain_graph=True)
+    pulled = pull_back(outs, leaves, u, create_graph=False, retain_graph=True)
     pushed = _pushed(f, x, t)
     if pushed is None:
         pushed = _transposed(outs, leaves, u, t)
     return Facts(tuple(o.detach() for o in outs), u, t, pulled, pushed)
-
-
-def _grad(outs: Tensors, xs: Tensors, cts: Tensors, **options: bool) -> Tensors:
-    used = [(o, ct) for o, ct in zip(outs, cts, strict=True) if o.requires_grad]
-    if not used:
-        return tuple(map(torch.zeros_like, xs))
-    return torch.autograd.grad(
-        [o for o, _ in used],
-        xs,
-        [ct for _, ct in used],
-        allow_unused=True,
-        materialize_grads=True,
-        **options,
-    )
 
 
 def _pushed(f: Callable, x: Tensors, t: Tensors) -> Tensors | None:
@@ -260,10 +247,10 @@ def _pushed(f: Callable, x: Tensors, t: Tensors) -> Tensors | None:
 def _transposed(outs: Tensors, leaves: Tensors, u: Tensors, t: Tensors) -> Tensors | None:
     probes = tuple(ct.clone().requires_grad_() for ct in u)
     try:
-        pulled = _grad(outs, leaves, probes, create_graph=True)
+        pulled = pull_back(outs, leaves, probes, create_graph=True)
         if not any(p.requires_grad for p in pulled):
             return tuple(map(torch.zeros_like, u))
-        return _grad(pulled, probes, t)
+        return pull_back(pulled, probes, t)
     except (RuntimeError, NotImplementedError):
         return None
 

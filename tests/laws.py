@@ -17,6 +17,7 @@ import torch
 import lamina
 from tests import devices
 from tests.expected import BrokenLawError, judged
+from tests.oracles import pull_back
 from tests.samples import BATCH, SAMPLES, Case, cases, database
 
 Tensors = tuple[torch.Tensor, ...]
@@ -439,17 +440,8 @@ def _pushforward(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors)
     leaves = tuple(p.detach().requires_grad_() for p in primals)
     outs = f(*leaves)
     probes = tuple(noise(out, 50 + i).requires_grad_() for i, out in enumerate(outs))
-    pulled = torch.autograd.grad(
-        outs, leaves, probes, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    used = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g.requires_grad]
-    return torch.autograd.grad(
-        [g for g, _ in used],
-        probes,
-        [t for _, t in used],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    pulled = pull_back(outs, leaves, probes, create_graph=True)
+    return pull_back(pulled, probes, tangents)
 
 
 def _central_difference(f: Callable[..., Tensors], primals: Tensors, tangents: Tensors) -> Tensors:

@@ -10,6 +10,7 @@ that it has. So an answer other than its own must be the slope of what the trans
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 import lamina
 from tests import devices
 from tests.laws import close, examples, kept_outputs, noise, of_reference, restricted, try_on_all
+from tests.oracles import pull_back
 from tests.samples import LEFT_OUT, NOT_UNDER, Case, cases, database
 
 Tensors = tuple[torch.Tensor, ...]
@@ -58,18 +60,7 @@ class Composition:
 # ---------------------------------------------------------------------------------------------
 
 
-def _grad(outs: Tensors, xs: Tensors, cts: Tensors) -> Tensors:
-    used = [(o, ct) for o, ct in zip(outs, cts, strict=True) if o.requires_grad]
-    if not used:
-        return tuple(map(torch.zeros_like, xs))
-    return torch.autograd.grad(
-        [o for o, _ in used],
-        xs,
-        [ct for _, ct in used],
-        create_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+_grad = functools.partial(pull_back, create_graph=True)
 
 
 def _leaves(tensors: Tensors) -> Tensors:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.collecting import curated_and_rest
 from tests.derivative_laws import hold, pairs
 
 CURATED = """
@@ -17,14 +18,7 @@ CURATED = """
 
 def pytest_generate_tests(metafunc):
     """Reads the whole table only if all of it is to run."""
-    if "other" in metafunc.fixturenames:
-        wanted = "not exhaustive" not in metafunc.config.option.markexpr
-        found = [pair for pair in pairs() if pair[0] not in CURATED] if wanted else []
-        metafunc.parametrize(
-            ("other", "law"), found or [("left out by -m", "")], ids=lambda value: value
-        )
-    elif "name" in metafunc.fixturenames:
-        metafunc.parametrize(("name", "law"), pairs(CURATED), ids=lambda value: value)
+    curated_and_rest(metafunc, pairs, CURATED)
 
 
 def test_composition(name, law):

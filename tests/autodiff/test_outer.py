@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import lamina
 from lamina import grad, hessian, jvp, linearize, vjp, vmap
+from tests.collecting import curated_and_rest
 from tests.outer import hold, pairs
 
 DOUBLE = torch.float64
@@ -23,14 +24,7 @@ CURATED = """
 
 def pytest_generate_tests(metafunc):
     """Reads the whole table only if all of it is to run."""
-    if "other" in metafunc.fixturenames:
-        wanted = "not exhaustive" not in metafunc.config.option.markexpr
-        found = [pair for pair in pairs() if pair[0] not in CURATED] if wanted else []
-        metafunc.parametrize(
-            ("other", "law"), found or [("left out by -m", "")], ids=lambda value: value
-        )
-    elif "name" in metafunc.fixturenames:
-        metafunc.parametrize(("name", "law"), pairs(CURATED), ids=lambda value: value)
+    curated_and_rest(metafunc, pairs, CURATED)
 
 
 def test_autograd_follows(name, law):

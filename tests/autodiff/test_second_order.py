@@ -9,22 +9,9 @@ from torch.nn import functional as F
 import lamina
 from lamina import grad, jvp, vjp, vmap
 from lamina.autodiff.rules.batch_norm import cudnn_batch_norm_backward
+from tests.autodiff.slopes import double, draw, near, slope
 
 aten = torch.ops.aten
-double = torch.float64
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, dtype=double, generator=torch.Generator().manual_seed(seed))
-
-
-def slope(f, x, t, step=1e-6):
-    """The directional derivative of `f` at `x` along `t`, by a central difference."""
-    return (f(x + step * t) - f(x - step * t)) / (2 * step)
-
-
-def near(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def holds_twice(f, x):
@@ -363,82 +350,6 @@ def test_the_fused_lstm_layer(options):
 
 
 # ---------------------------------------------------------------------------------------------
-# Writes under no_grad
-# ---------------------------------------------------------------------------------------------
-
-
-def clamped(x):
-    y = x.clone()
-    with torch.no_grad():
-        y.clamp_(min=0.1)
-        y[1:] *= 2
-    return (x * y**3).sum()
-
-
-def test_a_value_written_under_no_grad_keeps_its_derivative_at_every_level():
-    x, batch = draw(4), draw(3, 4)
-    second = torch.autograd.functional.hessian(clamped, x)
-    near(lamina.jacrev(lamina.jacrev(clamped))(x), second)
-    # Forward mode does not ask whether gradients are enabled, and follows the write.
-    for outer in ("jacrev", "jacfwd"):
-        for inner in ("jacrev", "jacfwd"):
-            found, expected = (
-                getattr(lib, outer)(getattr(lib, inner)(clamped))(x) for lib in (lamina, torch.func)
-            )
-            near(found, expected)
-    each = torch.stack([torch.autograd.functional.jacobian(clamped, x) for x in batch])
-    near(vjp(vmap(clamped), batch)[1](torch.ones(3, dtype=double))[0], each)
-    near(vmap(grad(clamped))(batch), each)
-    leaf = x.clone().requires_grad_()
-    (found,) = torch.autograd.grad(grad(clamped)(leaf).sum(), leaf)
-    near(found, second.sum(0))
-
-
-def test_an_infinity_written_over_under_no_grad():
-    def f(x):
-        y = x.log()
-        with torch.no_grad():
-            y.clamp_(min=-1.0)
-        return (y * x).sum()
-
-    x = torch.tensor([0.0, 2.0], dtype=double)
-    found = vmap(lambda x: grad(grad(lambda x: f(x)))(x))(x)
-    expected = torch.stack([torch.autograd.functional.hessian(f, v) for v in x])
-    near(found[1], expected[1])
-
-
-def written_behind(x):
-    y = x.sin()
-    y.detach()[1:].mul_(2)
-    return (y * y * x).sum()
-
-
-def test_a_write_through_detach_changes_the_value_alone():
-    batch = draw(2, 4)
-    leaves = [x.clone().requires_grad_() for x in batch]
-    expected = torch.stack([torch.autograd.grad(written_behind(x), x)[0] for x in leaves])
-    near(torch.stack([grad(written_behind)(x) for x in batch]), expected)
-    near(vmap(grad(written_behind))(batch), expected)
-    near(vjp(vmap(written_behind), batch)[1](torch.ones(2, dtype=double))[0], expected)
-    for x, slopes in zip(batch, expected, strict=True):
-        near(jvp(written_behind, (x,), (x,))[1], slopes @ x)
-
-
-@pytest.mark.parametrize("sample", ["Gamma", "Chi2", "StudentT"])
-def test_samples_that_are_clamped_behind_their_derivative(sample):
-    def draw_with(a):
-        torch.manual_seed(0)
-        rest = (torch.ones_like(a),) if sample == "Gamma" else ()
-        return getattr(torch.distributions, sample)(a, *rest).rsample()
-
-    a, u = draw(5).abs() + 1, draw(5, seed=1)
-    leaf = a.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(draw_with(leaf), leaf, u)
-    near(vjp(draw_with, a)[1](u)[0], expected)
-    near((jvp(draw_with, (a,), (a,))[1] * u).sum(), (expected * a).sum())
-
-
-# ---------------------------------------------------------------------------------------------
 # A borrowed formula in a pass that watches for the user's own parameters
 # ---------------------------------------------------------------------------------------------
 
@@ -491,41 +402,3 @@ def test_learned_fake_quantisation(kind):
     )
     slopes = tuple((a - b) / (2 * step) for a, b in zip(hi, lo, strict=True))
     torch.testing.assert_close(jvp(pull, primals, tangents)[1], slopes, rtol=1e-2, atol=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------
-# Eigenvalues of a symmetric matrix
-# ---------------------------------------------------------------------------------------------
-
-
-def _of_values(x):
-    return (torch.linalg.eigvalsh(x) * torch.tensor([1.0, 2.0, 4.0], dtype=double)).sum()
-
-
-def _of_vectors(x):
-    return (torch.linalg.eigh(x)[1].abs().square() * draw(3, 3, seed=5)).sum()
-
-
-@pytest.mark.parametrize("f", [_of_values, _of_vectors])
-@pytest.mark.parametrize("kind", ["real", "complex"])
-def test_cotangents_of_hermitian_matrices_are_hermitian(f, kind):
-    x, v = draw(3, 3), draw(3, 3, seed=1)
-    if kind == "complex":
-        x, v = torch.complex(x, draw(3, 3, seed=2)), torch.complex(v, draw(3, 3, seed=3))
-    x = x @ x.mH + 3 * torch.eye(3)
-
-    def first(x):
-        return (grad(f)(x) * v.conj()).real.sum()
-
-    leaf = x.clone().requires_grad_()
-    (pulled,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
-    (expected,) = torch.autograd.grad((pulled * v.conj()).real.sum(), leaf)
-    near(grad(f)(x), pulled.detach())
-    near(grad(first)(x), expected)
-    near(grad(first)(x), expected.mH)
-    # The two modes are dual at any direction, be it Hermitian or not.
-    tangent, u = v, draw(3, 3, seed=4)
-    eigh = lambda x: tuple(torch.linalg.eigh(x))
-    values_t, vectors_t = jvp(eigh, (x,), (tangent,))[1]
-    (ct,) = vjp(eigh, x)[1]((u[0], u.to(x.dtype)))
-    near((ct.conj() * tangent).real.sum(), (values_t * u[0]).sum() + (vectors_t * u).real.sum())

@@ -82,10 +82,7 @@ def _transposed(
     try:
         return _push(pulled_back, outs, mine, given)
     except (NotLinearError, DataDependentError) as error:
-        raise _closed(custom.name, "its backward", custom.name, error) from error
-
-
-_REFUSALS = (NotImplementedError, RuntimeError, TypeError, ValueError)
+        raise _closed(custom.name, "its backward", error) from error
 
 
 def _metas(applied: Applied) -> list[Meta | None]:
@@ -127,13 +124,13 @@ def _push(
     return [None if meta is None else _conjugate(next(found)) for meta in outs]
 
 
-def _closed(name: str, backward: str, owner: str, error: Exception) -> NotDifferentiableError:
+def _closed(name: str, backward: str, error: Exception) -> NotDifferentiableError:
     reason, _, _ = str(error).partition("\n")
     return NotDifferentiableError(
         message(
             f"the jvp of {name} could not be made of {backward}",
             f"jvp transposes it in the cotangents, and met {type(error).__name__}: {reason}",
-            f"to fix: define jvp in {owner}, or write its backward with torch ops that are "
+            f"to fix: define jvp in {name}, or write its backward with torch ops that are "
             "linear in the cotangents",
         )
     )
@@ -194,10 +191,9 @@ class _Pushed(Custom):
 
         try:
             outs = _push(pulled_back, self.outs, self.mine, tangents)
-        except _REFUSALS as error:
-            name = self.custom.name
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             mark = "its backward, which is marked with @once_differentiable"
-            raise _closed(name, mark, name, error) from error
+            raise _closed(self.custom.name, mark, error) from error
         return Applied(outs, tensors=args, sources=range(len(args)))
 
     def _refuse(self, flags: Sequence[bool]) -> None:
