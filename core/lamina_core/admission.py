@@ -16,7 +16,7 @@ import torch
 from lamina_core.dispatch import pass_down
 from lamina_core.handlers import Handler
 from lamina_core.overloads import aten
-from lamina_core.refusals import refused
+from lamina_core.refusals import is_pullback, refused
 from lamina_core.schema import OpFacts
 from lamina_core.scopes import run_at
 from lamina_core.tensors import tensors_in
@@ -54,14 +54,17 @@ def admitting(known: OpFacts, handle: Handler) -> Handler:
     """A handler that refuses what the op refuses, made of one that might answer it.
 
     Left out are ops without a rank to keep: the rule of a view speaks of logical dims only, and an
-    elementwise op takes any; and ops of users, which may do more than they return. The error of the
-    handler itself goes first, for it says more.
+    elementwise op takes any; pullbacks, which `refusal` does not ask; and ops of users, which may
+    do more than they return. The error of the handler itself goes first, for it says more.
     """
-    if known.op.namespace != "aten":
-        return handle
-    if known.is_view or known.is_pointwise or known.op in _VIEWS_IN_EFFECT:
-        return handle
-    if known.op._schema.name in _OF_ANY_RANK:
+    if (
+        known.op.namespace != "aten"
+        or known.is_view
+        or known.is_pointwise
+        or is_pullback(known)
+        or known.op in _VIEWS_IN_EFFECT
+        or known.op._schema.name in _OF_ANY_RANK
+    ):
         return handle
     if known.op in _RANKS:
         return _admitting_ranks(*_RANKS[known.op], handle)

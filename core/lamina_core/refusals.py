@@ -19,12 +19,12 @@ from lamina_core.errors import LaminaError, message
 from lamina_core.level import Level
 from lamina_core.logical import alone
 from lamina_core.outer import autocast_keys
-from lamina_core.schema import facts
+from lamina_core.schema import OpFacts, facts
 from lamina_core.tensors import tensors_in
 from lamina_core.torch_hooks.autograd import functorch_is_active
 from lamina_core.wrapper import LevelTensor, strip_dead
 
-__all__ = ["NoExampleError", "example", "refusal", "refused", "told"]
+__all__ = ["NoExampleError", "example", "is_pullback", "refusal", "refused", "told"]
 
 _CLASSES = LevelTensor.classes
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -32,7 +32,6 @@ _WRITES_UNSAID = "batch_norm"  # to its running statistics, of which the schemas
 # What an op says about elements, of which there may be none here: no inverse, no convergence.
 _OF_ELEMENTS = (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]
 _OF_DTYPE = "not implemented for '"
-_PULLBACK = "_backward"
 _IN = "in "  # what all notes begin with
 Tensor = torch.Tensor
 
@@ -59,6 +58,11 @@ def example(arg: Any) -> Any:
     return arg
 
 
+def is_pullback(known: OpFacts) -> bool:
+    """Whether an op is the backward half of another, and given what that has saved."""
+    return "_backward" in known.name and not known.is_pointwise
+
+
 def refusal(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """The error that an op raises for one example alone; None if it raises none, or none is known.
 
@@ -70,7 +74,7 @@ def refusal(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception
     known = facts(op)
     if functorch_is_active() or (known.is_composite and autocast_keys() is not None):
         return None
-    if _PULLBACK in known.name and not known.is_pointwise:
+    if is_pullback(known):
         return None
     try:
         with alone():
