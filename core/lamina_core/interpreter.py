@@ -18,7 +18,7 @@ from lamina_core.config import config
 from lamina_core.errors import RuleError, message
 from lamina_core.level import Level
 from lamina_core.mode import LevelMode, mode_on, thread_mode
-from lamina_core.outer import BELOW_AUTOGRAD, BELOW_TRACING, OuterState, among_others
+from lamina_core.outer import OuterState, among_others
 from lamina_core.tensors import needs_guard
 from lamina_core.torch_hooks.autograd import functorch_is_active
 from lamina_core.torch_hooks.doors import UNPROVED, require_proofs
@@ -68,8 +68,7 @@ class Interpreter(Level):
             if below is None:
                 self.level = 1
                 mode.outer = OuterState()
-                sees_all = mode.outer.sees_all
-                self._enter(ExcludeKeys(BELOW_TRACING if sees_all else BELOW_AUTOGRAD))
+                self._enter(ExcludeKeys(mode.outer.off))
                 self._enter(mode_on(mode))
                 mode.depth = mode_count()
                 if torch.is_autocast_cache_enabled():

@@ -15,7 +15,6 @@ from lamina_core.torch_hooks.modes import mode_count
 __all__ = [
     "AUTOCAST",
     "BELOW_AUTOGRAD",
-    "BELOW_TRACING",
     "OuterState",
     "among_others",
     "autocast_keys",
@@ -34,7 +33,7 @@ with keys.BelowADInplaceOrView():
 # an op of user code is ours first, and what it comes to on plain tensors is theirs.
 # The keys of its tensors too: they come before Python's, and what they lead to takes a tensor for
 # one that has outlived its transform, and drops what is followed.
-BELOW_TRACING = BELOW_AUTOGRAD
+_BELOW_TRACING = BELOW_AUTOGRAD
 for _name in (
     "FuncTorchBatched",
     "FuncTorchDynamicLayerBackMode",
@@ -42,7 +41,7 @@ for _name in (
     "FuncTorchGradWrapper",
     "PreDispatch",
 ):
-    BELOW_TRACING = BELOW_TRACING | keys.DispatchKeySet(keys.parse_key(_name))
+    _BELOW_TRACING = _BELOW_TRACING | keys.DispatchKeySet(keys.parse_key(_name))
 
 _is_excluded = keys.is_excluded
 _exclude_set = keys.excluded_keys
@@ -98,7 +97,16 @@ class OuterState:
     then the op has been cast where it was met.
     """
 
-    __slots__ = ("_inside", "_uncast", "depth", "exclude", "grad_enabled", "include", "sees_all")
+    __slots__ = (
+        "_inside",
+        "_uncast",
+        "depth",
+        "exclude",
+        "grad_enabled",
+        "include",
+        "off",
+        "sees_all",
+    )
 
     def __init__(self) -> None:
         self.include = keys.included_keys()
@@ -110,6 +118,8 @@ class OuterState:
         # Whether the caller has to see every op on plain tensors: its own are hidden among them.
         self.sees_all = functorch_is_active() or self.include.has(keys.DispatchKey.PreDispatch)
         self.depth = functorch_depth() if self.sees_all else 0
+        # The keys that are off for user code inside.
+        self.off = _BELOW_TRACING if self.sees_all else BELOW_AUTOGRAD
 
     def guard(self, autocast: Any = None, *, modes: bool = False) -> _Guard:
         """Run a block under this state (1 us, so only where a plain tensor requires grad).

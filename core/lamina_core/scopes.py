@@ -10,7 +10,12 @@ import torch
 
 from lamina_core.level import Level
 from lamina_core.mode import mode_off, mode_on, thread_mode
-from lamina_core.outer import BELOW_AUTOGRAD, OuterState, autocast_keys, autograd_is_on
+from lamina_core.outer import (
+    BELOW_AUTOGRAD,
+    OuterState,
+    autocast_keys,
+    autograd_is_on,
+)
 from lamina_core.torch_hooks.autograd import set_grad_enabled
 from lamina_core.torch_hooks.keys import ExcludeKeys, ForceKeys, excluded_keys, included_keys
 from lamina_core.torch_hooks.modes import mode_count
@@ -98,8 +103,11 @@ class run_at:
             autocast = autocast_keys() if self.autocast else None
             if autocast is not None or autograd_is_on():
                 # Autograd is on where the caller's keys are in force, for the sake of a plain
-                # tensor; but here are wrappers, which C++ autograd must not see.
-                exclude = excluded_keys() | BELOW_AUTOGRAD
+                # tensor; but here are wrappers, which C++ autograd must not see, nor others that
+                # trace or transform for the caller.
+                exclude = excluded_keys() | (
+                    BELOW_AUTOGRAD if self.outer is None else self.outer.off
+                )
                 if autocast is not None:
                     exclude = exclude - autocast
                 include = included_keys()
@@ -141,7 +149,7 @@ def revived(top: Level | None, outer: OuterState | None) -> Iterator[None]:
     for interpreter in dead:
         interpreter.alive = True
     try:
-        with ExcludeKeys(BELOW_AUTOGRAD):
+        with ExcludeKeys(BELOW_AUTOGRAD if outer is None else outer.off):
             mode.depth = mode_count() + (not mode.is_on())
             yield
     finally:

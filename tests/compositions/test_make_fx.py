@@ -104,3 +104,24 @@ def test_tracing_leaves_nothing_behind():
     make_fx(vmap(grad(scalar)))(XS)
     expected = torch.stack([torch.autograd.functional.jacobian(scalar, x) for x in XS])
     torch.testing.assert_close(vmap(grad(scalar))(XS), expected)
+
+
+def in_a_buffer(x):
+    y = torch.zeros(4, dtype=x.dtype)
+    y[1:] = x[1:]
+    return torch.relu_(y.mul_(x))
+
+
+@pytest.mark.parametrize("how", ["export", "pre-dispatch", "plain"])
+@pytest.mark.parametrize("f", [vmap(in_a_buffer), vmap(grad(lambda x: in_a_buffer(x).sum()))])
+def test_writes_are_traced(f, how):
+    if how == "export":
+
+        class Mapped(torch.nn.Module):
+            def forward(self, x):
+                return f(x)
+
+        traced = torch.export.export(Mapped(), (XS,)).module()
+    else:
+        traced = make_fx(f, pre_dispatch=how == "pre-dispatch")(XS)
+    torch.testing.assert_close(traced(2 * XS), f(2 * XS))
